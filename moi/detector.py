@@ -120,7 +120,7 @@ def load_backbone(
         raise ValueError(f"weights {weights!r} do not fit this {backbone} (torchvision's weights need width 1): {e}") from e
     return body
 
-# %% ../nbs/02_detector.ipynb #caea94c2
+# %% ../nbs/02_detector.ipynb #2a4a20b8
 def build_detector(
     classes:Sequence[str], # Class names; label `i` is `classes[i-1]`, 0 is the background
     backbone:str="resnet18", # A key of `RESNETS`
@@ -131,7 +131,7 @@ def build_detector(
     anchor_sizes:Sequence[float]=(32, 64, 128, 256, 512), # One anchor side for each of the five levels, in pixels
     proposals:int=100, # Regions that the RPN hands on, after NMS
     rpn_samples:int=64, # Anchors sampled an image for the supervised loss
-    roi_samples:int=64, # Regions sampled an image for the supervised loss
+    roi_samples:int=64, # Regions sampled an image for the supervised loss, up to half of them objects
     weights:str="" # Backbone weights: nothing, `"imagenet"` or a path (see `load_backbone`)
 ) -> FasterRCNN: # On the CPU, in training mode; `config` holds these parameters
     "Build a Faster R-CNN with a feature pyramid, its parts sized to the world"
@@ -147,8 +147,9 @@ def build_detector(
     detector = FasterRCNN(neck, rpn_anchor_generator=anchors, rpn_head=RPNHead(fpn_channels, 3),
         rpn_pre_nms_top_n_train=3*proposals, rpn_pre_nms_top_n_test=3*proposals,
         rpn_post_nms_top_n_train=proposals, rpn_post_nms_top_n_test=proposals, rpn_batch_size_per_image=rpn_samples,
-        box_roi_pool=ProductRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=round(7 * anchor_sizes[0])), box_head=TwoMLPHead(fpn_channels * 49, head_channels),
-        box_predictor=FastRCNNPredictor(head_channels, len(classes) + 1), box_batch_size_per_image=roi_samples,
+        box_roi_pool=ProductRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=round(7 * anchor_sizes[0])),
+        box_head=TwoMLPHead(fpn_channels * 49, head_channels), box_predictor=FastRCNNPredictor(head_channels, len(classes) + 1),
+        box_batch_size_per_image=roi_samples, box_positive_fraction=.5,
         fixed_size=(size[1], size[0]))
     detector.config = config
     return detector
@@ -229,7 +230,7 @@ def roi_outputs(
     logits, deltas = heads.box_predictor(heads.box_head(pooled))
     return logits.view(b, r, -1), deltas.view(b, r, -1, 4)
 
-# %% ../nbs/02_detector.ipynb #bdb6b7a8
+# %% ../nbs/02_detector.ipynb #0e9ef531
 @torch.no_grad()
 def propose(
     detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
@@ -242,7 +243,8 @@ def propose(
 ) -> Tensor: # `float32[B,n,4]`, best first; an image with fewer repeats its own
     "The RPN's proposals after NMS, the same number for every image"
     b = len(objectness)
-    per_level = [level.shape[-2] * level.shape[-1] * k for level, k in zip(view.values(), detector.rpn.anchor_generator.num_anchors_per_location())]
+    per_cell = detector.rpn.anchor_generator.num_anchors_per_location()
+    per_level = [level.shape[-2] * level.shape[-1] * k for level, k in zip(view.values(), per_cell)]
     boxes = detector.rpn.box_coder.decode(deltas.reshape(-1, 4), [anchors] * b).view(b, -1, 4)
     found, _ = detector.rpn.filter_proposals(boxes, objectness.reshape(-1, 1), [tuple(size)] * b, per_level)
     whole = boxes.new_tensor([[0, 0, size[1], size[0]]])
@@ -366,7 +368,7 @@ def weights_hash(
         digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/02_detector.ipynb #24cfd35d
+# %% ../nbs/02_detector.ipynb #3d8d3363
 @torch.no_grad()
 def inherit_heads(
     student:nn.Module, # Changed in place
@@ -375,7 +377,8 @@ def inherit_heads(
     "Start the student's RPN and box head from the teacher's"
     for part in ("rpn", "roi_heads"):
         ours, theirs = (m.get_submodule(part).state_dict() for m in (student, teacher))
-        wrong = [f"{part}.{k}: student {tuple(ours[k].shape)}, teacher {tuple(v.shape)}" for k, v in theirs.items() if k not in ours or ours[k].shape != v.shape]
-        if wrong: raise ValueError(f"heads can't be inherited, shapes differ: {wrong[0]}")
+        shapes = {k: tuple(v.shape) for k, v in ours.items()}
+        wrong = [(k, shapes.get(k), tuple(v.shape)) for k, v in theirs.items() if shapes.get(k) != v.shape]
+        if wrong: raise ValueError("heads can't be inherited, shapes differ: {}.{}: student {}, teacher {}".format(part, *wrong[0]))
         student.get_submodule(part).load_state_dict(theirs)
     return student

@@ -50,18 +50,18 @@ def box_loss(
     distance = F.smooth_l1_loss(student, teacher, beta=1/9, reduction="none").sum(-1)
     return (weight * distance).sum() / weight.sum().clamp(min=1)
 
-# %% ../nbs/09_distill.ipynb #ba9cb352
+# %% ../nbs/09_distill.ipynb #f81f936f
 def rpn_losses(
     student:tuple[Tensor, Tensor], # Objectness logits `[B,A]` and deltas `[B,A,4]`
     teacher:tuple[Tensor, Tensor] # The same, over the same anchors
-) -> dict[str, Tensor]: # `rpn_cls`: divergence of the objectness, summed over anchors and divided by their number where the teacher believes; `rpn_box`
+) -> dict[str, Tensor]: # `rpn_cls`: divergence of the objectness, summed and divided by the teacher's total; `rpn_box`
     "Follow the teacher's RPN at every anchor"
     p = teacher[0].sigmoid()
     entropy = F.binary_cross_entropy_with_logits(teacher[0], p, reduction="none")
     divergence = F.binary_cross_entropy_with_logits(student[0], p, reduction="none") - entropy
     return {"rpn_cls": divergence.sum() / p.sum().clamp(min=1), "rpn_box": box_loss(student[1], teacher[1], p)}
 
-# %% ../nbs/09_distill.ipynb #cc8cf99c
+# %% ../nbs/09_distill.ipynb #8890761c
 @torch.no_grad()
 def shared_regions(
     proposals:Tensor, # `[B,P,4]`: the teacher's
@@ -69,8 +69,8 @@ def shared_regions(
     labels:Tensor, # `[B,N]`, 0 where there is none
     size:tuple[int,int], # Image `(H,W)`
     generator:torch.Generator, # Randomness, on the CPU
-    jitters:int=2, # Copies of each pseudo-target
-    randoms:int=8 # Random boxes an image
+    jitters:int=1, # Copies of each pseudo-target
+    randoms:int=4 # Random boxes an image
 ) -> Tensor: # `float32[B,R,4]`, none empty
     "One set of regions for teacher and student"
     boxes = boxes * (labels > 0)[..., None]
@@ -79,7 +79,7 @@ def shared_regions(
     anywhere = regions[:, -randoms:].repeat(1, -(-regions.shape[1] // randoms), 1)[:, :regions.shape[1]]
     return torch.where(empty, anywhere, regions)
 
-# %% ../nbs/09_distill.ipynb #49ae534f
+# %% ../nbs/09_distill.ipynb #f304a34d
 def distill_losses(
     student:nn.Module, # Learns
     teacher:nn.Module, # Frozen, in evaluation mode
@@ -87,7 +87,7 @@ def distill_losses(
     boxes:Tensor, # `[B,N,4]` pseudo-targets in this view
     labels:Tensor, # `[B,N]`, 0 where there is none
     generator:torch.Generator, # Randomness, on the CPU
-    proposals:int=32, # The teacher's proposals an image
+    proposals:int=24, # The teacher's proposals an image
     weights:Mapping[str,float]=MappingProxyType({}), # Weight of `feat`, `rpn_cls`, `rpn_box`, `roi_cls`, `roi_box`; 1 by default
     adapt:nn.Module|None=None # Brings the student's levels `[B,C_s,h,w]` to the teacher's channels
 ) -> dict[str, Tensor]: # The five losses
@@ -107,7 +107,7 @@ def distill_losses(
         "roi_cls": class_loss(logits, logits_t), "roi_box": box_loss(deltas[:, :, 1:], deltas_t[:, :, 1:], believed)}
     return {k: weights.get(k, 1.) * v for k, v in losses.items()}
 
-# %% ../nbs/09_distill.ipynb #f43b87fc
+# %% ../nbs/09_distill.ipynb #49860f3e
 def distill(
     student:nn.Module, # Trained in place, on its own device
     teacher:nn.Module, # On the same device; left as it is
@@ -135,6 +135,7 @@ def distill(
         images = random_colour(view(images, affine, "reflection"), generator)
         moved, present = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
         return distill_losses(student, teacher, images, moved, present, generator, weights=weights, adapt=adapt)
-    history = fit(student.train(), losses, loader, steps, lr=lr, ema=ema, seed=seed, extra=adapt.parameters() if adapt else (), progress=progress)
+    extra = adapt.parameters() if adapt else ()
+    history = fit(student.train(), losses, loader, steps, lr=lr, ema=ema, seed=seed, extra=extra, progress=progress)
     for p, r in zip(teacher.parameters(), frozen): p.requires_grad_(r)
     return history

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'Parameter', 'check_parameter', 'check_parameters', 'notebook_parameters', 'find_runs', 'stage',
            'make_world', 'open_split', 'make_teacher', 'new_detector', 'make_transfer_set', 'paint_shard',
-           'texture_shard', 'make_student', 'score', 'run', 'link', 'surroundings', 'read_parameters', 'main']
+           'texture_shard', 'make_student', 'score', 'run', 'measure', 'about', 'link', 'surroundings',
+           'read_parameters', 'main']
 
 # %% ../nbs/11_experiment.ipynb #37d09fa5
 import argparse
@@ -47,13 +48,13 @@ class Parameter(NamedTuple):
     choices:tuple=() # Allowed values, where they can be listed
     length:int|None=None # Number of entries of a list
 
-# %% ../nbs/11_experiment.ipynb #561fb173
+# %% ../nbs/11_experiment.ipynb #03270925
 PARAMETERS = {
     "name": Parameter("quickstart", "Name of the run: its folder under runs/"),
     "seed": Parameter(0, "Seed of world, teacher, impressions and student", 0, 2**31),
     "device": Parameter("auto", "auto, cpu, cuda, cuda:1, mps"),
     "dataset": Parameter("street", "street (the embedded world) or the layout of data_root", choices=("street", "kitti", "voc", "coco")),
-    "data_root": Parameter("", "Folder of a real dataset; not used by street"),
+    "data_root": Parameter("", "Folder of a real dataset, from the working directory or the repository's root; not used by street"),
     "splits": Parameter(["train", "val", "test"], "Names of the splits to train the teacher on, to tune on, to report on", length=3),
     "classes": Parameter([], "Class names; none means those of the dataset"),
     "scenes": Parameter([500, 100, 300], "street: number of scenes in each split", 1, 10**6, length=3),
@@ -65,9 +66,9 @@ PARAMETERS = {
     "fpn_channels": Parameter(64, "Channels of every pyramid level", 4, 4096),
     "head_channels": Parameter(256, "Channels of the box head's two layers", 4, 65536),
     "anchor": Parameter(.125, "Smallest anchor's side as a share of the image's shorter side; it doubles from level to level", .005, 1),
-    "teacher_steps": Parameter(1000, "Steps of the teacher's training", 1),
-    "teacher_lr": Parameter(.002, "AdamW's largest learning rate for the teacher", 0, 1),
-    "batch": Parameter(16, "Images a step, in training and distillation", 1, 4096),
+    "teacher_steps": Parameter(1300, "Steps of the teacher's training", 1),
+    "teacher_lr": Parameter(.003, "AdamW's largest learning rate for the teacher", 0, 1),
+    "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
     "impressions": Parameter(64, "Number of impressions in the transfer set", 0, 10**7),
     "textures": Parameter(64, "Number of procedural textures mixed in", 0, 10**7),
     "objects": Parameter([1, 6], "Fewest and most pseudo-targets an image", 0, 100, length=2),
@@ -84,13 +85,14 @@ PARAMETERS = {
     "shard": Parameter(32, "Impressions painted together, and written together", 1, 4096),
     "student_width": Parameter(.25, "Channel multiplier of the student's backbone", .125, 4),
     "inherit_heads": Parameter(True, "Start the student's RPN and box head from the teacher's"),
-    "distill_steps": Parameter(800, "Steps of the distillation", 1),
+    "distill_steps": Parameter(1000, "Steps of the distillation", 1),
+    "batch": Parameter(8, "Images a step of the distillation", 1, 4096),
     "distill_lr": Parameter(.002, "AdamW's largest learning rate for the student", 0, 1),
     "ema": Parameter(.99, "Decay of the moving average of the student's weights a step", 0, .99999),
     "baselines": Parameter(["textures"], "Other transfer sets of as many images, distilled the same way", choices=("textures", "noise")),
 }
 
-# %% ../nbs/11_experiment.ipynb #254795ba
+# %% ../nbs/11_experiment.ipynb #3f22f16c
 def check_parameter(
     name:str, # A key of `PARAMETERS`
     value:Any # What was given
@@ -107,7 +109,8 @@ def check_parameter(
         if type(v) is not kind:
             hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(v, str) and kind is float else ""
             raise ValueError(f"{found}: {v!r} is a {type(v).__name__}, {kind.__name__} is needed{hint}")
-        if p.choices and v not in p.choices: raise ValueError(f"{found}; allowed is {', '.join(map(str, p.choices))}" + _nearest(v, p.choices))
+        if p.choices and v not in p.choices:
+            raise ValueError(f"{found}; allowed is {', '.join(map(str, p.choices))}" + _nearest(v, p.choices))
         if (p.low is not None and not v >= p.low) or (p.high is not None and not v <= p.high):
             raise ValueError(f"{found}; allowed is {'any' if p.low is None else p.low} to {'any' if p.high is None else p.high} ({p.help})")
         return v
@@ -118,7 +121,7 @@ def _nearest(name, among): # ", did you mean ..." where something is near
     near = difflib.get_close_matches(str(name), list(among), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
-# %% ../nbs/11_experiment.ipynb #515f1aef
+# %% ../nbs/11_experiment.ipynb #98f669a4
 def check_parameters(
     given:dict[str, Any] # Parameters that differ from the defaults, or all
 ) -> dict[str, Any]: # Every parameter
@@ -126,12 +129,16 @@ def check_parameters(
     for name in given:
         if name not in PARAMETERS: raise ValueError(f"no parameter {name!r}{_nearest(name, PARAMETERS)}")
     p = {k: check_parameter(k, given.get(k, v.default)) for k, v in PARAMETERS.items()}
-    if not p["name"] or Path(p["name"]).name != p["name"] or p["name"] == "stages": raise ValueError(f"parameter 'name' is {p['name']!r}; it names a folder under runs/, without a slash, and not 'stages'")
+    if not p["name"] or Path(p["name"]).name != p["name"] or p["name"] == "stages":
+        raise ValueError(f"parameter 'name' is {p['name']!r}; it names a folder under runs/, without a slash, and not 'stages'")
     for k in ("objects", "area"):
         if p[k][0] > p[k][1]: raise ValueError(f"parameter {k!r} is {p[k]}; the first must not be above the second")
-    if p["dataset"] != "street" and not p["data_root"]: raise ValueError(f"parameter 'data_root' is empty; dataset {p['dataset']!r} needs a folder")
-    if p["impressions"] + p["textures"] == 0: raise ValueError("parameters 'impressions' and 'textures' are both 0; a student needs images")
-    if p["impressions"] and p["objects"][1] < 1: raise ValueError(f"parameter 'objects' is {p['objects']}; impressions need an object at most times")
+    if p["dataset"] != "street" and not p["data_root"]:
+        raise ValueError(f"parameter 'data_root' is empty; dataset {p['dataset']!r} needs a folder")
+    if p["impressions"] + p["textures"] == 0:
+        raise ValueError("parameters 'impressions' and 'textures' are both 0; a student needs images")
+    if p["impressions"] and p["objects"][1] < 1:
+        raise ValueError(f"parameter 'objects' is {p['objects']}; the most must be at least 1")
     return p
 
 # %% ../nbs/11_experiment.ipynb #02186c06
@@ -169,13 +176,17 @@ def stage(
     write_whole(record, json.dumps(made, sort_keys=True).encode())
     return folder, made | {"reused": False}
 
-# %% ../nbs/11_experiment.ipynb #31daa15b
+# %% ../nbs/11_experiment.ipynb #7e600eed
 def make_world(
     p:dict, # Parameters
     runs:Path # The folder `runs`
 ) -> tuple[dict, dict]: # What the world depends on, and the stage's record
     "Write the embedded world, or describe the real one"
-    if p["dataset"] != "street": return {k: p[k] for k in ("dataset", "data_root", "splits", "classes")}, {"seconds": 0., "reused": True, "root": p["data_root"]}
+    if p["dataset"] != "street":
+        root = next((f for f in (Path(p["data_root"]), runs.parent/p["data_root"]) if f.exists()), None)
+        if root is None:
+            raise FileNotFoundError(f"parameter 'data_root' is {p['data_root']!r}; no such folder in {Path.cwd()} or {runs.parent}")
+        return {k: p[k] for k in ("dataset", "data_root", "splits", "classes")}, {"seconds": 0., "reused": True, "root": str(root)}
     depends = {k: p[k] for k in ("dataset", "scenes", "size", "seed")} | {"version": getattr(street, "VERSION", 1)}
     def make(folder): street.write_street(folder/"world", tuple(p["size"]), *p["scenes"], seed=p["seed"])
     folder, record = stage(runs, "world", depends, make)
@@ -191,7 +202,7 @@ def open_split(
     reader = {"street": KITTIDataset, "kitti": KITTIDataset, "voc": VOCDataset, "coco": COCODataset}[p["dataset"]]
     return reader(root, p["splits"][split], p["classes"] or None)
 
-# %% ../nbs/11_experiment.ipynb #2f328245
+# %% ../nbs/11_experiment.ipynb #56122435
 def make_teacher(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -201,19 +212,20 @@ def make_teacher(
     if p["teacher"]:
         load_detector(p["teacher"])
         return Path(p["teacher"]), {"seconds": 0., "reused": True, "history": {}}
-    used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor", "teacher_steps", "teacher_lr", "batch", "seed")
+    used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor",
+            "teacher_steps", "teacher_lr", "teacher_batch", "seed")
     device = best_device(p["device"])
     def make(folder):
         images = Resized(open_split(p, world[1]["root"], 0), tuple(p["size"]), cache=True)
         torch.manual_seed(step_seed(p["seed"], 1))
         teacher = new_detector(p, images.classes, p["teacher_width"], p["weights"]).to(device)
-        history = train_detector(teacher, images, p["teacher_steps"], p["batch"], p["teacher_lr"], seed=p["seed"])
+        history = train_detector(teacher, images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], seed=p["seed"])
         save_detector(teacher, folder/"teacher.safetensors")
         return {"history": history}
     folder, record = stage(runs, "teacher", {"world": world[0]} | {k: p[k] for k in used}, make)
     return folder/"teacher.safetensors", record
 
-# %% ../nbs/11_experiment.ipynb #f49a2d78
+# %% ../nbs/11_experiment.ipynb #4193c49d
 def new_detector(
     p:dict, # Parameters
     classes:tuple[str, ...], # Class names
@@ -222,63 +234,70 @@ def new_detector(
 ):
     "An untrained detector of a run's family"
     anchors = [p["anchor"] * min(p["size"]) * 2**i for i in range(5)]
-    return build_detector(classes, p["backbone"], width, p["size"], p["fpn_channels"], p["head_channels"], anchors, weights=weights)
+    return build_detector(classes, p["backbone"], width, p["size"], p["fpn_channels"], p["head_channels"], anchors,
+        roi_samples=32, weights=weights)
 
-# %% ../nbs/11_experiment.ipynb #e8615b6c
+# %% ../nbs/11_experiment.ipynb #d255f808
 def make_transfer_set(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
     teacher_file:Path, # The teacher
     impressions:int, # Number of impressions
     textures:int, # Number of textures
-    texture_kind:str="leaves" # What textures are made of
+    texture_kind:str="textures" # What textures are made of: `"textures"` (dead leaves) or `"noise"`
 ) -> tuple[Path, dict]: # The stage's folder, which holds the transfer set, and its record
     "Paint impressions, draw textures, write them down"
     teacher = load_detector(teacher_file, best_device(p["device"]))
-    used = ("objects", "area", "max_aspect", "overlap", "soft_labels", "beta", "synthesis_steps", "synthesis_lr", "tv", "bn_prior", "pixels", "shard")
-    depends = {"textures": textures, "texture_kind": texture_kind, "impressions": impressions, "seed": p["seed"], "size": teacher.config["size"], "classes": teacher.config["classes"]}
+    used = ("objects", "area", "max_aspect", "overlap", "soft_labels", "beta", "synthesis_steps", "synthesis_lr", "tv",
+            "bn_prior", "pixels", "shard")
+    depends = {"textures": textures, "texture_kind": texture_kind, "impressions": impressions, "seed": p["seed"],
+               "size": teacher.config["size"], "classes": teacher.config["classes"]}
     if impressions: depends |= {"teacher": weights_hash(teacher)} | {k: p[k] for k in used}
     def make(folder):
-        firsts = [*((i, "impression") for i in range(0, impressions, p["shard"])), *((i + impressions, "texture") for i in range(0, textures, 256))]
+        shards = [("impression", i, min(p["shard"], impressions - i)) for i in range(0, impressions, p["shard"])]
+        shards += [("texture", impressions + i, min(256, textures - i)) for i in range(0, textures, 256)]
         done = shards_done(folder)
-        for n, (first, kind) in enumerate(tqdm(firsts, desc="transfer set")):
-            if n in done: continue
-            last = min(first + p["shard"], impressions) if kind == "impression" else min(first + 256, impressions + textures)
-            made = paint_shard(p, teacher, first, last - first) if kind == "impression" else texture_shard(p, teacher, first, last - first, texture_kind)
-            write_shard(folder, n, first, *made[:2], kind, {"seed": step_seed(p["seed"], first), "history": {k: v[-1] for k, v in made[2].items()}})
-        join_shards(folder, len(firsts), teacher.config["classes"])
+        for number, (kind, first, n) in enumerate(tqdm(shards, desc="transfer set")):
+            if number in done: continue
+            if kind == "impression": images, targets, losses = paint_shard(p, teacher, first, n)
+            else: images, targets, losses = *texture_shard(p, teacher, first, n, texture_kind), {}
+            provenance = {"seed": step_seed(p["seed"], first), "losses": losses}
+            write_shard(folder, number, first, images, targets, kind, provenance)
+        join_shards(folder, len(shards), teacher.config["classes"])
         return {"images": impressions + textures}
     return stage(runs, "transfer_set", depends, make)
 
-# %% ../nbs/11_experiment.ipynb #b6af6561
+# %% ../nbs/11_experiment.ipynb #d75c9419
 def paint_shard(
     p:dict, # Parameters
     teacher, # The teacher
     first:int, # Number of the shard's first image, which seeds it
     n:int # Number of images
-) -> tuple: # Images `uint8[n,3,H,W]`, targets as the teacher confirms them, and the history of the losses
+) -> tuple: # Images `uint8[n,3,H,W]`, targets as the teacher confirms them, and the losses of the last step
     "Invent targets and paint them"
     size, seed = tuple(teacher.config["size"]), step_seed(p["seed"], first)
     similarity = class_similarity(teacher).cpu() if p["soft_labels"] else None
-    targets = sample_targets(n, size, len(teacher.config["classes"]), tuple(p["objects"]), tuple(p["area"]), p["max_aspect"], p["overlap"],
-        similarity, p["beta"], torch.Generator().manual_seed(seed))
-    images, history = synthesise(teacher, targets, size, p["synthesis_steps"], p["synthesis_lr"], p["tv"], p["bn_prior"], p["pixels"], seed=seed)
+    laws = {k: p[k] for k in ("objects", "area", "max_aspect", "overlap", "beta")}
+    targets = sample_targets(n, size, len(teacher.config["classes"]), similarity=similarity,
+        generator=torch.Generator().manual_seed(seed), **laws)
+    images, history = synthesise(teacher, targets, size, p["synthesis_steps"], p["synthesis_lr"], p["tv"], p["bn_prior"],
+        p["pixels"], seed=seed)
     seen = predict(teacher, images, progress=False)
-    return images, [adapt_targets(t, d, size) for t, d in zip(targets, seen)], history
+    return images, [adapt_targets(t, d, size) for t, d in zip(targets, seen)], {k: v[-1] for k, v in history.items()}
 
-# %% ../nbs/11_experiment.ipynb #53726508
+# %% ../nbs/11_experiment.ipynb #9000aff3
 def texture_shard(
     p:dict, # Parameters
     teacher, # The teacher, for the size
     first:int, # Number of the shard's first image, which seeds it
     n:int, # Number of images
-    kind:str # `"leaves"` or `"noise"`
-) -> tuple: # Images `uint8[n,3,H,W]`, empty targets, no history
+    kind:str # `"textures"` (dead leaves) or `"noise"`
+) -> tuple: # Images `uint8[n,3,H,W]`, and empty targets
     "Draw textures"
-    images = make_textures(n, tuple(teacher.config["size"]), kind, step_seed(p["seed"], first, 1))
-    return images, [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * n, {}
+    images = make_textures(n, tuple(teacher.config["size"]), {"textures": "leaves"}.get(kind, kind), step_seed(p["seed"], first, 1))
+    return images, [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * n
 
-# %% ../nbs/11_experiment.ipynb #ca422713
+# %% ../nbs/11_experiment.ipynb #79c22136
 def make_student(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -288,7 +307,8 @@ def make_student(
     "Distil a student on a transfer set"
     device = best_device(p["device"])
     teacher = load_detector(teacher_file, device)
-    used = ("student_width", "inherit_heads", "distill_steps", "distill_lr", "ema", "batch", "seed", "backbone", "fpn_channels", "head_channels", "anchor")
+    used = ("backbone", "student_width", "fpn_channels", "head_channels", "anchor", "inherit_heads",
+            "distill_steps", "distill_lr", "ema", "batch", "seed")
     depends = {"teacher": weights_hash(teacher), "transfer_set": transfer[1]["depends"]} | {k: p[k] for k in used}
     def make(folder):
         torch.manual_seed(step_seed(p["seed"], 2))
@@ -301,7 +321,7 @@ def make_student(
     folder, record = stage(runs, "student", depends, make)
     return folder/"student.safetensors", record
 
-# %% ../nbs/11_experiment.ipynb #5f7c5abf
+# %% ../nbs/11_experiment.ipynb #43829458
 def score(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -314,18 +334,17 @@ def score(
     def make(folder):
         data = open_split(p, world[1]["root"], split)
         targets, seen = [data.target(i) for i in range(len(data))], predict(detector, data)
-        coco, voc, voc11 = coco_ap(targets, seen, data.classes), voc_ap(targets, seen, data.classes), voc_ap(targets, seen, data.classes, method="11-point")
-        return {"scores": summary(coco, voc, voc11)}
+        return {"scores": summary(targets, seen, data.classes)}
     return stage(runs, "scores", {"detector": weights_hash(detector), "world": world[0], "split": p["splits"][split]}, make)[1]["scores"]
 
-# %% ../nbs/11_experiment.ipynb #2338ab1e
-def summary(coco, voc, voc11): # the numbers of a result, undefined ones as None
-    coco, voc, voc11 = coco.as_dict(), voc.as_dict(), voc11.as_dict()
-    per_class = {c: {"AP": row["AP"], "AP50": row["AP50"], "AP50_voc": voc["per_class"][c]["AP"], "AP50_voc11": voc11["per_class"][c]["AP"]}
-        for c, row in coco["per_class"].items()}
-    return {"AP": coco["summary"]["AP"], "AP50": coco["summary"]["AP50"], "AP50_voc": voc["summary"]["AP"], "AP50_voc11": voc11["summary"]["AP"], "per_class": per_class}
+# %% ../nbs/11_experiment.ipynb #78ea1e3c
+def summary(targets, seen, classes): # the numbers of a result, undefined ones as None
+    coco = coco_ap(targets, seen, classes).as_dict()
+    voc, voc11 = (voc_ap(targets, seen, classes, method=m).as_dict() for m in ("every-point", "11-point"))
+    def row(pick): return {"AP": pick(coco)["AP"], "AP50": pick(coco)["AP50"], "AP50_voc": pick(voc)["AP"], "AP50_voc11": pick(voc11)["AP"]}
+    return row(lambda r: r["summary"]) | {"per_class": {c: row(lambda r, c=c: r["per_class"][c]) for c in classes}}
 
-# %% ../nbs/11_experiment.ipynb #0bf3bd04
+# %% ../nbs/11_experiment.ipynb #543171ec
 def run(
     parameters:dict[str, Any], # Parameters that differ from the defaults, or all
     runs:Path|None=None # The folder `runs`; found by default
@@ -335,27 +354,49 @@ def run(
     folder = runs/p["name"]
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder/"params.yaml", yaml.safe_dump(p, sort_keys=False).encode())
-    write_whole(folder/"README.txt", b"The stages' results lie in ../stages; the links here lead to those of this run.\n")
     world = make_world(p, runs)
     teacher = make_teacher(p, runs, world)
-    total = p["impressions"] + p["textures"]
     sets = {"student": make_transfer_set(p, runs, teacher[0], p["impressions"], p["textures"])}
-    for kind in p["baselines"]: sets[kind] = make_transfer_set(p, runs, teacher[0], 0, total, {"textures": "leaves", "noise": "noise"}[kind])
+    for kind in p["baselines"]: sets[kind] = make_transfer_set(p, runs, teacher[0], 0, p["impressions"] + p["textures"], kind)
     students = {k: make_student(p, runs, teacher[0], s) for k, s in sets.items()}
-    for target, name in ((teacher[0], "teacher.safetensors"), (sets["student"][0], "transfer_set"), (students["student"][0], "student.safetensors")): link(target, folder/name)
+    made = {"teacher.safetensors": teacher[0], "transfer_set": sets["student"][0], "student.safetensors": students["student"][0]}
+    for name, target in made.items(): link(target, folder/name)
 
     start = time.perf_counter()
-    metrics = {k: score(p, runs, f, world) for k, f in [("teacher", teacher[0])] + [(k, s[0]) for k, s in students.items()]}
-    metrics["val"] = {k: score(p, runs, f, world, split=1) for k, f in (("teacher", teacher[0]), ("student", students["student"][0]))}
-    metrics["retention"] = {k: metrics["student"][k] / metrics["teacher"][k] if metrics["teacher"][k] else None for k in ("AP", "AP50")}
-    stages = {"world": world[1], "teacher": teacher[1]} | {f"transfer_set_{k}": s[1] for k, s in sets.items()} | {f"student_{k}": s[1] for k, s in students.items()}
-    detectors = {"teacher": load_detector(teacher[0]), "student": load_detector(students["student"][0])}
-    result = {"params": p, "seed": p["seed"], "metrics": metrics,
-        "stages": {k: {x: v[x] for x in ("seconds", "reused", "images") if x in v} for k, v in stages.items()} | {"scores": {"seconds": round(time.perf_counter() - start, 2)}},
-        "capacity": {k: capacity(d) for k, d in detectors.items()}, "weights": {k: weights_hash(d) for k, d in detectors.items()},
-        "switches": {"bn_prior": p["bn_prior"] > 0, "inherited_heads": p["inherit_heads"], "textures": p["textures"] > 0}, **surroundings(p)}
+    metrics = measure(p, runs, world, {"teacher": teacher[0]} | {k: s[0] for k, s in students.items()})
+    stages = {"world": world[1], "teacher": teacher[1]} | {f"transfer_set_{k}": s[1] for k, s in sets.items()}
+    stages |= {f"student_{k}": s[1] for k, s in students.items()}
+    stages["scores"] = {"seconds": round(time.perf_counter() - start, 2)}
+    stages = {k: {x: v[x] for x in ("seconds", "reused", "images") if x in v} for k, v in stages.items()}
+    result = {"params": p, "seed": p["seed"], "metrics": metrics, "stages": stages}
+    result |= about(p, teacher[0], students["student"][0]) | surroundings(p)
     write_whole(folder/"result.json", json.dumps(result, indent=1, sort_keys=True).encode())
     return result | {"history": {"teacher": teacher[1].get("history", {})} | {k: s[1]["history"] for k, s in students.items()}}
+
+# %% ../nbs/11_experiment.ipynb #dad254c9
+def measure(
+    p:dict, # Parameters
+    runs:Path, # The folder `runs`
+    world:tuple[dict, dict], # From `make_world`
+    detectors:dict[str, Path] # Files by name; `teacher` and `student` among them
+) -> dict: # Scores of each on the test split, of teacher and student on `val`, and `retention`
+    "The metrics of a run"
+    metrics = {k: score(p, runs, f, world) for k, f in detectors.items()}
+    metrics["val"] = {k: score(p, runs, detectors[k], world, split=1) for k in ("teacher", "student")}
+    kept = lambda k: metrics["student"][k] / metrics["teacher"][k] if metrics["teacher"][k] else None
+    return metrics | {"retention": {k: kept(k) for k in ("AP", "AP50")}}
+
+# %% ../nbs/11_experiment.ipynb #f29b44a8
+def about(
+    p:dict, # Parameters
+    teacher:Path, # The teacher's file
+    student:Path # The student's file
+) -> dict: # `capacity`, `weights` (a hash of each), `switches`
+    "What was compared, and under which conditions"
+    detectors = {"teacher": load_detector(teacher), "student": load_detector(student)}
+    switches = {"bn_prior": p["bn_prior"] > 0, "inherited_heads": p["inherit_heads"], "textures": p["textures"] > 0}
+    return {"capacity": {k: capacity(d) for k, d in detectors.items()}, "switches": switches,
+            "weights": {k: weights_hash(d) for k, d in detectors.items()}}
 
 # %% ../nbs/11_experiment.ipynb #78d51d3e
 def link(
@@ -370,31 +411,33 @@ def link(
         if target.is_dir(): shutil.copytree(target, path, dirs_exist_ok=True)
         else: shutil.copy(target, path)
 
-# %% ../nbs/11_experiment.ipynb #6c6f59bf
+# %% ../nbs/11_experiment.ipynb #48547207
 def surroundings(
     p:dict # Parameters
 ) -> dict: # `device`, `versions`, `commit`
     "On what a run ran"
     device = best_device(p["device"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    name = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if device.type == "cuda": name = torch.cuda.get_device_name(device)
     here = Path(importlib.util.find_spec("moi").origin).parent
     def git(*words): return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "moi", "nbs") else "")
     except (OSError, subprocess.CalledProcessError): commit = None # not a git checkout
     versions = {k: importlib.metadata.version(k) for k in ("torch", "torchvision", "numpy", "pycocotools")}
-    return {"device": {"type": device.type, "name": name}, "versions": versions | {"python": platform.python_version(), "moi": importlib.import_module("moi").__version__}, "commit": commit}
+    versions |= {"python": platform.python_version(), "moi": importlib.import_module("moi").__version__}
+    return {"device": {"type": device.type, "name": name}, "versions": versions, "commit": commit}
 
-# %% ../nbs/11_experiment.ipynb #5a3431a1
+# %% ../nbs/11_experiment.ipynb #03f8e5ce
 def read_parameters(
     file:str|os.PathLike # A YAML file, flat
 ) -> dict[str, Any]: # Its parameters, not yet checked
     "Read parameters from a file"
     if not Path(file).is_file(): raise FileNotFoundError(f"no parameter file {os.fspath(file)!r}")
     given = yaml.safe_load(Path(file).read_text()) or {}
-    if not isinstance(given, dict): raise ValueError(f"{os.fspath(file)}: a flat list of `name: value` lines is needed, found a {type(given).__name__}")
+    if not isinstance(given, dict): raise ValueError(f"{os.fspath(file)}: lines `name: value` are needed, found a {type(given).__name__}")
     return given
 
-# %% ../nbs/11_experiment.ipynb #558feb7b
+# %% ../nbs/11_experiment.ipynb #b1386033
 def main(
     arguments:list[str]|None=None # `None` is the command line
 ):
@@ -402,12 +445,16 @@ def main(
     parser = argparse.ArgumentParser(prog="python -m moi.experiment", description="Run one zero-shot distillation experiment.",
         epilog="Parameters: " + "; ".join(f"{k} ({v.default!r}): {v.help}" for k, v in PARAMETERS.items()))
     parser.add_argument("-f", "--file", help="YAML file of parameters")
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, its value as YAML; beats the file")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="one parameter, its value as YAML; beats the file")
     given = parser.parse_args(arguments)
-    try: parameters = check_parameters((read_parameters(given.file) if given.file else {}) | {k: yaml.safe_load(v) for k, v in given.parameter})
+    try:
+        parameters = read_parameters(given.file) if given.file else {}
+        parameters = check_parameters(parameters | {k: yaml.safe_load(v) for k, v in given.parameter})
     except (ValueError, FileNotFoundError) as e: parser.error(str(e))
-    result = run(parameters)
-    print(json.dumps({k: {n: result["metrics"][k][n] for n in ("AP", "AP50")} for k in ("teacher", "student", *parameters["baselines"], "retention")}, indent=1))
+    metrics = run(parameters)["metrics"]
+    shown = ("teacher", "student", *parameters["baselines"], "retention")
+    print(json.dumps({k: {n: metrics[k][n] for n in ("AP", "AP50")} for k in shown}, indent=1))
 
 # %% ../nbs/11_experiment.ipynb #b7bae8e8
 if __name__ == "__main__" and "__file__" in globals(): main()

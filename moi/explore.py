@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-# %% ../nbs/10_explore.ipynb #06b8258e
+# %% ../nbs/10_explore.ipynb #b4284ab2
 def draw(
     ax:Axes, # Where to draw
     image:Tensor, # `uint8[3,H,W]`, or `float32[3,H,W]` in [0,1]
@@ -28,11 +28,13 @@ def draw(
     found = boxes or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     keep = found["scores"] >= threshold if "scores" in found else torch.ones(len(found["labels"]), dtype=torch.bool)
     for (x1, y1, x2, y2), label in zip(found["boxes"][keep].tolist(), found["labels"][keep].tolist()):
-        ax.add_patch(plt.Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=f"C{label-1}", lw=1.3))
-        if label <= len(classes): ax.text(x1, y1 - 1, classes[label-1], color="w", fontsize=5, va="bottom", bbox=dict(facecolor=f"C{label-1}", pad=.5, lw=0))
+        colour = f"C{label-1}"
+        ax.add_patch(plt.Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.3))
+        if label > len(classes): continue
+        ax.text(x1, y1 - 1, classes[label-1], color="w", fontsize=5, va="bottom", bbox=dict(facecolor=colour, pad=.5, lw=0))
     return ax
 
-# %% ../nbs/10_explore.ipynb #7c38dd6e
+# %% ../nbs/10_explore.ipynb #4d947ecc
 def draw_rows(
     images:Sequence[Tensor], # `uint8[3,H,W]` each
     rows:dict[str, Sequence[dict]], # Name of a row, and the boxes of each image in it (as for `draw`)
@@ -43,7 +45,8 @@ def draw_rows(
 ) -> Figure: # One column for each image
     "Draw each image once for each row of boxes"
     h, w = images[0].shape[1:]
-    fig, axes = plt.subplots(len(rows), len(images), figsize=(width * len(images), (width * h / w + .1) * len(rows) + .2), dpi=80, squeeze=False)
+    figsize = width * len(images), (width * h / w + .1) * len(rows) + .2
+    fig, axes = plt.subplots(len(rows), len(images), figsize=figsize, dpi=80, squeeze=False)
     for line, (name, found) in zip(axes, rows.items()):
         line[0].set_ylabel(name, fontsize=8)
         for ax, image, boxes in zip(line, images, found): draw(ax, image, boxes, classes, threshold)

@@ -6,7 +6,7 @@
 __all__ = ['pick', 'rpn_loss', 'roi_loss', 'candidate_regions', 'total_variation', 'batchnorm_prior', 'grid_shapes', 'init_grids',
            'paint', 'impression_losses', 'synthesise', 'adapt_targets']
 
-# %% ../nbs/06_impressions.ipynb #a972d7b1
+# %% ../nbs/06_impressions.ipynb #941233fa
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .detector import anchors_of, batch_iou, encode, features, match, pad_targets, propose, roi_outputs, rpn_outputs
 from .pseudo_targets import sample_boxes
-from .train import cosine, move_boxes, random_affine, seeded_steps, view
+from .train import cosine, frozen, move_boxes, random_affine, seeded_steps, view
 
 # %% ../nbs/06_impressions.ipynb #9b35eb98
 def pick(
@@ -142,7 +142,7 @@ def paint(
     size = grids[-1].shape[-2:]
     return torch.sigmoid(sum(F.interpolate(g, size, mode="bilinear", align_corners=False) for g in grids[:-1]) + grids[-1])
 
-# %% ../nbs/06_impressions.ipynb #34cb3d33
+# %% ../nbs/06_impressions.ipynb #526b7289
 def impression_losses(
     detector:nn.Module, # The teacher, frozen, in evaluation mode
     images:Tensor, # `float32[B,3,H,W]` in [0,1]
@@ -160,7 +160,8 @@ def impression_losses(
     state, which = match(every, boxes, labels, .7, .3, best=True)
     objects = boxes.gather(1, which[..., None].expand(-1, -1, 4))
     objectness, deltas = rpn_outputs(detector, pyramid)
-    losses = rpn_loss(objectness, deltas, encode(detector.rpn, objects, every.expand_as(objects)), *pick(state, anchors, anchors // 2, generator))
+    wanted = encode(detector.rpn, objects, every.expand_as(objects))
+    losses = rpn_loss(objectness, deltas, wanted, *pick(state, anchors, anchors // 2, generator))
 
     found = candidate_regions(boxes, labels, proposals, size, generator=generator)
     state, which = match(found, boxes, labels, .5, .4)
@@ -171,9 +172,10 @@ def impression_losses(
     if soft is not None:
         nothing = F.one_hot(torch.zeros_like(which), soft.shape[-1]).float()
         soft = torch.where((picked == 1)[..., None], take(soft, which), nothing)
-    return losses | roi_loss(logits, deltas, encode(detector.roi_heads, take(boxes, which), chosen), labels.gather(1, which) * (picked == 1), picked >= 0, soft)
+    wanted = encode(detector.roi_heads, take(boxes, which), chosen)
+    return losses | roi_loss(logits, deltas, wanted, labels.gather(1, which) * (picked == 1), picked >= 0, soft)
 
-# %% ../nbs/06_impressions.ipynb #330b7f1b
+# %% ../nbs/06_impressions.ipynb #b9b46801
 def synthesise(
     detector:nn.Module, # The teacher
     targets:Sequence[dict], # Pseudo-targets, one an image (from `sample_targets`)
@@ -190,23 +192,22 @@ def synthesise(
 ) -> tuple[Tensor, dict[str, list[float]]]: # `uint8[B,3,H,W]`, and the history of each loss
     "Paint one image for each target"
     device = next(detector.parameters()).device
-    was_training, frozen = detector.training, [p.requires_grad for p in detector.parameters()]
-    detector.eval().requires_grad_(False)
     boxes, labels = pad_targets(targets, device=device)
-    soft = None
-    if "soft" in targets[0]: soft = nn.utils.rnn.pad_sequence([t["soft"] for t in targets], batch_first=True).to(device)
+    soft = nn.utils.rnn.pad_sequence([t["soft"] for t in targets], batch_first=True).to(device) if "soft" in targets[0] else None
     grids = [x.to(device).requires_grad_() for x in init_grids(len(targets), size, torch.Generator().manual_seed(seed), pixels)]
     optimiser = torch.optim.Adam(grids, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: cosine(i, steps))
     proposals, history = boxes.new_zeros(len(targets), 16, 4), {}
-    with seeded_steps(seed) as reseed, batchnorm_prior(detector) if bn_prior else contextlib.nullcontext() as prior:
+    prior_of = batchnorm_prior if bn_prior else contextlib.nullcontext
+    with frozen(detector), seeded_steps(seed) as reseed, prior_of(detector) as prior:
         for step in tqdm(range(steps), desc=progress, disable=not progress, leave=False):
             generator, images = reseed(step), paint(grids)
             if step % refresh == refresh - 1: proposals = _look(detector, images, size)
             affine = random_affine(len(images), generator, scale=(.85, 1.15), shift=.1).to(device)
             moved, present = move_boxes(boxes, labels, size, affine)
-            losses = impression_losses(detector, view(images, affine), moved, present, move_boxes(proposals, labels[:, :1], size, affine)[0], generator, soft=soft)
-            if prior: losses["bn"] = bn_prior * prior()
+            proposed, _ = move_boxes(proposals, labels[:, :1], size, affine)
+            losses = impression_losses(detector, view(images, affine), moved, present, proposed, generator, soft=soft)
+            if bn_prior: losses["bn"] = bn_prior * prior()
             losses["tv"] = tv * total_variation(images)
             optimiser.zero_grad()
             sum(losses.values()).backward()
@@ -214,8 +215,6 @@ def synthesise(
             schedule.step()
             for k, v in losses.items(): history.setdefault(k, []).append(v.detach())
             if watch: watch(step, images.detach())
-    detector.train(was_training)
-    for p, r in zip(detector.parameters(), frozen): p.requires_grad_(r)
     return (paint(grids).detach() * 255).round().to(torch.uint8).cpu(), {k: torch.stack(v).tolist() for k, v in history.items()}
 
 # %% ../nbs/06_impressions.ipynb #cade4454

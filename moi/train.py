@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['step_seed', 'batches', 'move_boxes', 'view', 'random_affine', 'random_colour', 'cosine', 'best_device', 'fit',
-           'seeded_steps', 'train_detector']
+           'seeded_steps', 'frozen', 'train_detector']
 
 # %% ../nbs/03_train.ipynb #581be454
 import contextlib
@@ -124,7 +124,7 @@ def best_device(
     if name != "auto": return torch.device(name)
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
-# %% ../nbs/03_train.ipynb #2fde7616
+# %% ../nbs/03_train.ipynb #7f35dfe4
 def fit(
     model:nn.Module, # Trained in place, on its own device; holds the averaged weights at the end where `ema` is given
     losses:Callable, # `losses(batch, generator)` gives `{name: scalar tensor}`, whose sum is minimised
@@ -140,7 +140,7 @@ def fit(
 ) -> dict[str, list[float]]: # `{name: one value a step}`, for each loss
     "Minimise the sum of `losses` over `data`"
     parameters = [p for p in (*model.parameters(), *extra) if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: cosine(i, steps))
     averaged = AveragedModel(model, multi_avg_fn=_growing_average(ema), use_buffers=True) if ema else None
     history, bar = {}, tqdm(data, desc=progress, total=steps, disable=not progress)
@@ -148,7 +148,9 @@ def fit(
         for step, batch in enumerate(bar):
             parts = losses(batch, reseed(step))
             total = sum(parts.values())
-            if not torch.isfinite(total): raise FloatingPointError(f"step {step}: the loss is {total.item()}: " + ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items()))
+            if not torch.isfinite(total):
+                listed = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
+                raise FloatingPointError(f"step {step}: the loss is {total.item()}: {listed}")
             optimiser.zero_grad()
             total.backward()
             nn.utils.clip_grad_norm_(parameters, clip)
@@ -173,6 +175,18 @@ def seeded_steps(
         torch.manual_seed(step_seed(seed, step))
         return torch.Generator().manual_seed(step_seed(seed, step, 1))
     with torch.random.fork_rng(): yield reseed
+
+# %% ../nbs/03_train.ipynb #9b97487b
+@contextlib.contextmanager
+def frozen(
+    model:nn.Module # In any mode, with any of its weights learning
+) -> Iterator[nn.Module]: # `model`, in evaluation mode; no weight asks for a gradient
+    "Hold a model still for a while"
+    training, learning = model.training, [p.requires_grad for p in model.parameters()]
+    try: yield model.eval().requires_grad_(False)
+    finally:
+        model.train(training)
+        for p, r in zip(model.parameters(), learning): p.requires_grad_(r)
 
 # %% ../nbs/03_train.ipynb #2d6bbf11
 def train_detector(
