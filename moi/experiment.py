@@ -344,7 +344,7 @@ def summary(targets, seen, classes): # the numbers of a result, undefined ones a
     def row(pick): return {"AP": pick(coco)["AP"], "AP50": pick(coco)["AP50"], "AP50_voc": pick(voc)["AP"], "AP50_voc11": pick(voc11)["AP"]}
     return row(lambda r: r["summary"]) | {"per_class": {c: row(lambda r, c=c: r["per_class"][c]) for c in classes}}
 
-# %% ../nbs/11_experiment.ipynb #543171ec
+# %% ../nbs/11_experiment.ipynb #3bd74bb4
 def run(
     parameters:dict[str, Any], # Parameters that differ from the defaults, or all
     runs:Path|None=None # The folder `runs`; found by default
@@ -364,8 +364,9 @@ def run(
 
     start = time.perf_counter()
     metrics = measure(p, runs, world, {"teacher": teacher[0]} | {k: s[0] for k, s in students.items()})
-    stages = {"world": world[1], "teacher": teacher[1]} | {f"transfer_set_{k}": s[1] for k, s in sets.items()}
-    stages |= {f"student_{k}": s[1] for k, s in students.items()}
+    label = lambda stage, k: stage if k == "student" else f"{stage}_{k}"
+    stages = {"world": world[1], "teacher": teacher[1]} | {label("transfer_set", k): s[1] for k, s in sets.items()}
+    stages |= {label("student", k): s[1] for k, s in students.items()}
     stages["scores"] = {"seconds": round(time.perf_counter() - start, 2)}
     stages = {k: {x: v[x] for x in ("seconds", "reused", "images") if x in v} for k, v in stages.items()}
     result = {"params": p, "seed": p["seed"], "metrics": metrics, "stages": stages}
@@ -411,7 +412,7 @@ def link(
         if target.is_dir(): shutil.copytree(target, path, dirs_exist_ok=True)
         else: shutil.copy(target, path)
 
-# %% ../nbs/11_experiment.ipynb #48547207
+# %% ../nbs/11_experiment.ipynb #b1c3197f
 def surroundings(
     p:dict # Parameters
 ) -> dict: # `device`, `versions`, `commit`
@@ -421,7 +422,7 @@ def surroundings(
     if device.type == "cuda": name = torch.cuda.get_device_name(device)
     here = Path(importlib.util.find_spec("moi").origin).parent
     def git(*words): return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "moi", "nbs") else "")
+    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/moi", ":/nbs") else "")
     except (OSError, subprocess.CalledProcessError): commit = None # not a git checkout
     versions = {k: importlib.metadata.version(k) for k in ("torch", "torchvision", "numpy", "pycocotools")}
     versions |= {"python": platform.python_version(), "moi": importlib.import_module("moi").__version__}

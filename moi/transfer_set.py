@@ -76,10 +76,10 @@ def join_shards(
         "categories": [{"id": k, "name": c} for k, c in enumerate(classes, 1)]}
     return write_whole(folder/"annotations.json", json.dumps(whole).encode())
 
-# %% ../nbs/07_transfer_set.ipynb #e40b44de
+# %% ../nbs/07_transfer_set.ipynb #3ad01e33
 def open_transfer_set(
     folder:str|os.PathLike # From `join_shards`
-) -> COCODataset: # Images, and the pseudo-targets they were painted from
+) -> COCODataset: # Images, and their targets
     "Open a transfer set"
     folder = Path(folder)
     if not (folder/"annotations.json").is_file(): raise FileNotFoundError(f"{folder}: no transfer set, annotations.json is missing")

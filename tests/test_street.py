@@ -10,6 +10,11 @@ import pytest
 import torch
 
 from moi import data, street
+from moi.data import open_dataset
+from moi.detector import build_detector
+from moi.evaluate import predict, voc_ap
+from moi.street import CLASSES, write_street
+from moi.train import train_detector
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(96, 96), (64, 160), (160, 64), (37, 53)]
@@ -124,3 +129,20 @@ def test_what_exists_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="layout is 'yolo'"):
         street.write_street(tmp_path / "new", (64, 64), train=1, val=1, test=1, layout="yolo")
     assert not (tmp_path / "new").exists()
+
+
+def test_one_detector_scores_the_same_in_every_layout(tmp_path):
+    torch.manual_seed(0)
+    size, scores = (64, 64), {}
+    for layout in ("kitti", "voc", "coco"):
+        write_street(tmp_path / layout, size, train=24, val=2, test=12, layout=layout)
+    detector = build_detector(CLASSES, width=.125, size=size, fpn_channels=16, head_channels=32,
+                              anchor_sizes=(12, 24, 48, 96, 192), roi_samples=32)
+    train_detector(detector, open_dataset(tmp_path / "kitti", "train", CLASSES), steps=60, batch=8, lr=5e-3, progress="")
+    detector.roi_heads.score_thresh = .01
+    for layout in ("kitti", "voc", "coco"):
+        test = open_dataset(tmp_path / layout, "test", CLASSES)
+        targets = [test.target(i) for i in range(len(test))]
+        scores[layout] = voc_ap(targets, predict(detector, test, progress=False), CLASSES, iou=.3).as_dict()
+    assert scores["kitti"]["summary"]["AP"] > 0  # the detector finds something, so that the scores could differ
+    assert scores["kitti"] == scores["voc"] == scores["coco"]
