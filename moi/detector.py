@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'ScaledResNet', 'pool_weights', 'ProductRoIAlign', 'load_backbone', 'build_detector', 'capacity',
-           'normalise', 'features', 'rpn_outputs', 'anchors_of', 'roi_outputs', 'propose', 'pad_targets', 'batch_iou',
-           'match', 'encode', 'decode', 'supervised_losses', 'save_detector', 'load_detector', 'weights_hash',
+           'normalise', 'features', 'rpn_outputs', 'anchors_of', 'roi_outputs', 'encode', 'decode', 'propose',
+           'pad_targets', 'batch_iou', 'match', 'supervised_losses', 'save_detector', 'load_detector', 'weights_hash',
            'inherit_heads']
 
 # %% ../nbs/02_detector.ipynb #5c744cba
@@ -70,10 +70,10 @@ def pool_weights(
     hat = (1 - (at.clamp(0, n - 1)[..., None] - torch.arange(n, device=lo.device)).abs()).clamp(min=0) * inside
     return hat.unflatten(2, (bins, samples)).mean(3)
 
-# %% ../nbs/02_detector.ipynb #4cec9d66
+# %% ../nbs/02_detector.ipynb #25531d00
 class ProductRoIAlign(MultiScaleRoIAlign):
     "torchvision's `MultiScaleRoIAlign` as matrix products, where the feature maps are small"
-    largest = 128 * 128 # Cells of the finest map up to which products are used
+    largest = 40 * 40 # Cells of the finest map up to which products are used: beyond, they cost more than the kernel
 
     def forward(self,
         x:dict[str,Tensor], # Pyramid levels `[B,C,h,w]`
@@ -230,7 +230,28 @@ def roi_outputs(
     logits, deltas = heads.box_predictor(heads.box_head(pooled))
     return logits.view(b, r, -1), deltas.view(b, r, -1, 4)
 
-# %% ../nbs/02_detector.ipynb #0e9ef531
+# %% ../nbs/02_detector.ipynb #77bc3a46
+def encode(
+    part:nn.Module, # `detector.rpn` or `detector.roi_heads`, whose `box_coder` is used
+    boxes:Tensor, # `[...,4]` objects, in pixels
+    regions:Tensor # `[...,4]` anchors or proposals; where a box or region is empty the result is 0
+) -> Tensor: # `[...,4]` deltas
+    "The deltas that lead `regions` to `boxes`"
+    shape, boxes, regions = boxes.shape, boxes.reshape(-1, 4), regions.reshape(-1, 4)
+    sound = ((boxes[:, 2:] > boxes[:, :2]) & (regions[:, 2:] > regions[:, :2])).all(1, keepdim=True)
+    one = boxes.new_tensor([0, 0, 1, 1])
+    return part.box_coder.encode_single(torch.where(sound, boxes, one), torch.where(sound, regions, one)).view(shape)
+
+# %% ../nbs/02_detector.ipynb #d21f3dd7
+def decode(
+    part:nn.Module, # `detector.rpn` or `detector.roi_heads`
+    deltas:Tensor, # `[...,4]`
+    regions:Tensor # `[...,4]` in pixels
+) -> Tensor: # `[...,4]` in pixels
+    "Move `regions` by `deltas`"
+    return part.box_coder.decode_single(deltas.reshape(-1, 4), regions.reshape(-1, 4)).view(deltas.shape)
+
+# %% ../nbs/02_detector.ipynb #e3f74c91
 @torch.no_grad()
 def propose(
     detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
@@ -245,7 +266,7 @@ def propose(
     b = len(objectness)
     per_cell = detector.rpn.anchor_generator.num_anchors_per_location()
     per_level = [level.shape[-2] * level.shape[-1] * k for level, k in zip(view.values(), per_cell)]
-    boxes = detector.rpn.box_coder.decode(deltas.reshape(-1, 4), [anchors] * b).view(b, -1, 4)
+    boxes = decode(detector.rpn, deltas, anchors.expand_as(deltas))
     found, _ = detector.rpn.filter_proposals(boxes, objectness.reshape(-1, 1), [tuple(size)] * b, per_level)
     whole = boxes.new_tensor([[0, 0, size[1], size[0]]])
     found = [p if len(p) else whole for p in found]
@@ -293,27 +314,6 @@ def match(
         top = iou.max(1, keepdim=True).values                       # [B,1,N]
         state = torch.where(((iou == top) & (top > 0)).any(-1), 1, state)
     return state, index
-
-# %% ../nbs/02_detector.ipynb #77bc3a46
-def encode(
-    part:nn.Module, # `detector.rpn` or `detector.roi_heads`, whose `box_coder` is used
-    boxes:Tensor, # `[...,4]` objects, in pixels
-    regions:Tensor # `[...,4]` anchors or proposals; where a box or region is empty the result is 0
-) -> Tensor: # `[...,4]` deltas
-    "The deltas that lead `regions` to `boxes`"
-    shape, boxes, regions = boxes.shape, boxes.reshape(-1, 4), regions.reshape(-1, 4)
-    sound = ((boxes[:, 2:] > boxes[:, :2]) & (regions[:, 2:] > regions[:, :2])).all(1, keepdim=True)
-    one = boxes.new_tensor([0, 0, 1, 1])
-    return part.box_coder.encode_single(torch.where(sound, boxes, one), torch.where(sound, regions, one)).view(shape)
-
-# %% ../nbs/02_detector.ipynb #d21f3dd7
-def decode(
-    part:nn.Module, # `detector.rpn` or `detector.roi_heads`
-    deltas:Tensor, # `[...,4]`
-    regions:Tensor # `[...,4]` in pixels
-) -> Tensor: # `[...,4]` in pixels
-    "Move `regions` by `deltas`"
-    return part.box_coder.decode_single(deltas.reshape(-1, 4), regions.reshape(-1, 4)).view(deltas.shape)
 
 # %% ../nbs/02_detector.ipynb #4d9cf9f3
 def supervised_losses(

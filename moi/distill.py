@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['feature_loss', 'class_loss', 'box_loss', 'rpn_losses', 'shared_regions', 'distill_losses', 'distill']
 
-# %% ../nbs/09_distill.ipynb #6bac832f
+# %% ../nbs/09_distill.ipynb #2c08a912
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from .data import collate
 from .detector import anchors_of, features, pad_targets, propose, roi_outputs, rpn_outputs
 from .impressions import candidate_regions
-from .train import batches, fit, move_boxes, random_affine, random_colour, view
+from .train import batches, fit, frozen, move_boxes, random_affine, random_colour, view
 
 # %% ../nbs/09_distill.ipynb #90f20786
 def feature_loss(
@@ -107,7 +107,7 @@ def distill_losses(
         "roi_cls": class_loss(logits, logits_t), "roi_box": box_loss(deltas[:, :, 1:], deltas_t[:, :, 1:], believed)}
     return {k: weights.get(k, 1.) * v for k, v in losses.items()}
 
-# %% ../nbs/09_distill.ipynb #49860f3e
+# %% ../nbs/09_distill.ipynb #fa66abbf
 def distill(
     student:nn.Module, # Trained in place, on its own device
     teacher:nn.Module, # On the same device; left as it is
@@ -127,8 +127,6 @@ def distill(
     c_s, c_t = student.backbone.out_channels, teacher.backbone.out_channels
     adapt = nn.Conv2d(c_s, c_t, 1).to(device) if c_s != c_t else None
     loader = DataLoader(dataset, batch_sampler=batches(len(dataset), batch, steps, seed), collate_fn=collate, num_workers=workers)
-    frozen = [p.requires_grad for p in teacher.parameters()]
-    teacher.eval().requires_grad_(False)
     def losses(batch, generator):
         images, (boxes, labels) = batch[0].to(device).float() / 255, pad_targets(batch[1], device=device)
         affine = random_affine(len(images), generator, scale=scale).to(device)
@@ -136,6 +134,5 @@ def distill(
         moved, present = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
         return distill_losses(student, teacher, images, moved, present, generator, weights=weights, adapt=adapt)
     extra = adapt.parameters() if adapt else ()
-    history = fit(student.train(), losses, loader, steps, lr=lr, ema=ema, seed=seed, extra=extra, progress=progress)
-    for p, r in zip(teacher.parameters(), frozen): p.requires_grad_(r)
-    return history
+    with frozen(teacher):
+        return fit(student.train(), losses, loader, steps, lr=lr, ema=ema, seed=seed, extra=extra, progress=progress)

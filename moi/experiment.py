@@ -202,7 +202,7 @@ def open_split(
     reader = {"street": KITTIDataset, "kitti": KITTIDataset, "voc": VOCDataset, "coco": COCODataset}[p["dataset"]]
     return reader(root, p["splits"][split], p["classes"] or None)
 
-# %% ../nbs/11_experiment.ipynb #56122435
+# %% ../nbs/11_experiment.ipynb #07ae6e29
 def make_teacher(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -210,7 +210,10 @@ def make_teacher(
 ) -> tuple[Path, dict]: # The stage's folder, which holds `teacher.safetensors`, and its record
     "Train the teacher, or take the one that was given"
     if p["teacher"]:
-        load_detector(p["teacher"])
+        given = load_detector(p["teacher"]).config
+        wanted = {"size": p["size"], "classes": list(open_split(p, world[1]["root"], 2).classes)}
+        for k, v in wanted.items():
+            if given[k] != v: raise ValueError(f"the teacher {p['teacher']!r} has {k} {given[k]}, the run has {v}")
         return Path(p["teacher"]), {"seconds": 0., "reused": True, "history": {}}
     used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor",
             "teacher_steps", "teacher_lr", "teacher_batch", "seed")
@@ -399,14 +402,16 @@ def about(
     return {"capacity": {k: capacity(d) for k, d in detectors.items()}, "switches": switches,
             "weights": {k: weights_hash(d) for k, d in detectors.items()}}
 
-# %% ../nbs/11_experiment.ipynb #78d51d3e
+# %% ../nbs/11_experiment.ipynb #55ca2166
 def link(
     target:Path, # A file or folder
     path:Path # The link to make, relative; a copy where links are not to be had
 ):
     "Let `path` lead to `target`"
+    target = target.resolve()
+    if path.resolve() == target: return
     if path.is_symlink() or path.is_file(): path.unlink()
-    try: path.symlink_to(os.path.relpath(target, path.parent))
+    try: path.symlink_to(os.path.relpath(target, path.parent.resolve()))
     except OSError:
         import shutil
         if target.is_dir(): shutil.copytree(target, path, dirs_exist_ok=True)

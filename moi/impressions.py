@@ -223,14 +223,14 @@ def _look(detector, images, size, n=16): # the teacher's best proposals for the 
     pyramid = features(detector, images)
     return propose(detector, *rpn_outputs(detector, pyramid), anchors_of(detector, pyramid, size), pyramid, size, n)
 
-# %% ../nbs/06_impressions.ipynb #f50c2f0a
+# %% ../nbs/06_impressions.ipynb #f78ad00a
 def adapt_targets(
     target:dict, # Pseudo-target: `boxes` `[N,4]`, `labels` `[N]`
     detections:dict, # What the teacher sees: `boxes`, `labels`, `scores`
     size:tuple[int,int], # Image `(H,W)`
     confidence:float=.2, # Least score of a detection that counts
     overlap:float=.35 # Largest IoU of a new object with those there
-) -> dict: # `boxes`, `labels`
+) -> dict: # `boxes`, `labels`, and `soft` where the target has it; what is new is hard
     "Drop what the teacher does not support, never the last; add what it confidently sees"
     d = {k: v[detections["scores"] > confidence] for k, v in detections.items()}
     iou = torch.zeros(len(target["labels"]), len(d["labels"]))
@@ -240,4 +240,7 @@ def adapt_targets(
     if not keep.any() and len(keep): keep[iou.amax(1).argmax() if iou.numel() else 0] = True
     share = (d["boxes"][:, 2:] - d["boxes"][:, :2]).prod(1) / (size[0] * size[1])
     new = (iou < overlap).all(0) & (share > .01) & (share < .85)
-    return {k: torch.cat([target[k][keep], d[k][new]]) for k in ("boxes", "labels")}
+    adapted = {k: torch.cat([target[k][keep], d[k][new]]) for k in ("boxes", "labels")}
+    if "soft" not in target: return adapted
+    hard = F.one_hot(d["labels"][new], target["soft"].shape[1]).float()
+    return adapted | {"soft": torch.cat([target["soft"][keep], hard])}

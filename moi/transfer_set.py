@@ -56,7 +56,7 @@ def shards_done(
     "Which shards need not be made again"
     return {int(f.stem) for f in (folder/"shards").glob("*.json") if f.stem.isdecimal()}
 
-# %% ../nbs/07_transfer_set.ipynb #05dc0b26
+# %% ../nbs/07_transfer_set.ipynb #1f23394c
 def join_shards(
     folder:Path, # The transfer set
     shards:int, # How many shards it has
@@ -72,6 +72,7 @@ def join_shards(
     write_whole(folder/"soft_labels.json", json.dumps({n: s for n, s in enumerate(soft, 1) if s}).encode())
     provenance = {im["id"]: {"kind": r["kind"], **r["provenance"]} for r in records for im in r["images"]}
     write_whole(folder/"provenance.json", json.dumps(provenance).encode())
+    for part in (folder/"images").glob("*.part"): part.unlink() # of a writer that was killed
     whole = {"images": [im for r in records for im in r["images"]], "annotations": annotations,
         "categories": [{"id": k, "name": c} for k, c in enumerate(classes, 1)]}
     return write_whole(folder/"annotations.json", json.dumps(whole).encode())
