@@ -272,13 +272,15 @@ def propose(
     found = [p if len(p) else whole for p in found]
     return torch.stack([p[torch.arange(n, device=p.device) % len(p)] for p in found])
 
-# %% ../nbs/02_detector.ipynb #a4f505da
+# %% ../nbs/02_detector.ipynb #aad51ed0
 def pad_targets(
-    targets:Sequence[dict], # `{"boxes": float32[n,4], "labels": int64[n]}`, one an image
+    targets:Sequence[dict], # `{"boxes": float32[n,4], "labels": int64[n]}`, one an image; rows marked `ignore` are left out
     n:int|None=None, # Objects an image, at least 1; the largest number among `targets` by default
     device=None # Where the result lives
 ) -> tuple[Tensor, Tensor]: # Boxes `float32[B,N,4]` and labels `int64[B,N]`, 0 where there is no object
     "Stack targets of different lengths"
+    kept = [~t["ignore"] if "ignore" in t else slice(None) for t in targets]
+    targets = [{k: t[k][keep] for k in ("boxes", "labels")} for t, keep in zip(targets, kept)]
     n = n or max([len(t["labels"]) for t in targets] + [1])
     boxes, labels = torch.zeros(len(targets), n, 4), torch.zeros(len(targets), n, dtype=torch.int64)
     for i, t in enumerate(targets):

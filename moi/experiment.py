@@ -347,13 +347,14 @@ def summary(targets, seen, classes): # the numbers of a result, undefined ones a
     def row(pick): return {"AP": pick(coco)["AP"], "AP50": pick(coco)["AP50"], "AP50_voc": pick(voc)["AP"], "AP50_voc11": pick(voc11)["AP"]}
     return row(lambda r: r["summary"]) | {"per_class": {c: row(lambda r, c=c: r["per_class"][c]) for c in classes}}
 
-# %% ../nbs/11_experiment.ipynb #3bd74bb4
+# %% ../nbs/11_experiment.ipynb #fcdc8f6a
 def run(
     parameters:dict[str, Any], # Parameters that differ from the defaults, or all
     runs:Path|None=None # The folder `runs`; found by default
 ) -> dict: # What `result.json` holds, and the losses' histories under `history`
     "Run an experiment from end to end"
     p, runs = check_parameters(parameters), runs or find_runs()
+    where = surroundings(p) # before anything is done: the code that runs is that of now
     folder = runs/p["name"]
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder/"params.yaml", yaml.safe_dump(p, sort_keys=False).encode())
@@ -373,7 +374,7 @@ def run(
     stages["scores"] = {"seconds": round(time.perf_counter() - start, 2)}
     stages = {k: {x: v[x] for x in ("seconds", "reused", "images") if x in v} for k, v in stages.items()}
     result = {"params": p, "seed": p["seed"], "metrics": metrics, "stages": stages}
-    result |= about(p, teacher[0], students["student"][0]) | surroundings(p)
+    result |= about(p, teacher[0], students["student"][0]) | where
     write_whole(folder/"result.json", json.dumps(result, indent=1, sort_keys=True).encode())
     return result | {"history": {"teacher": teacher[1].get("history", {})} | {k: s[1]["history"] for k, s in students.items()}}
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-# %% ../nbs/10_explore.ipynb #b4284ab2
+# %% ../nbs/10_explore.ipynb #1574f5e9
 def draw(
     ax:Axes, # Where to draw
     image:Tensor, # `uint8[3,H,W]`, or `float32[3,H,W]` in [0,1]
@@ -31,7 +31,7 @@ def draw(
         colour = f"C{label-1}"
         ax.add_patch(plt.Rectangle((x1 - .5, y1 - .5), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.3))
         if label > len(classes): continue
-        ax.text(x1, y1 - 1, classes[label-1], color="w", fontsize=5, va="bottom", bbox=dict(facecolor=colour, pad=.5, lw=0))
+        ax.text(x1, y1, classes[label-1], color="w", fontsize=5, va="top", clip_on=True, bbox=dict(facecolor=colour, pad=.5, lw=0))
     return ax
 
 # %% ../nbs/10_explore.ipynb #4d947ecc
