@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['sample_boxes', 'sample_layouts', 'covered', 'sample_labels', 'class_similarity', 'soft_labels', 'sample_targets']
 
-# %% ../nbs/04_pseudo_targets.ipynb #1ad343f9
+# %% ../nbs/04_pseudo_targets.ipynb #6f3c6d71
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -63,15 +65,16 @@ def covered(
     area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
     return wh.prod(-1) / torch.minimum(area_a[..., :, None], area_b[..., None, :]).clamp(min=1e-9)
 
-# %% ../nbs/04_pseudo_targets.ipynb #e9ef77c9
+# %% ../nbs/04_pseudo_targets.ipynb #e7884521
 def sample_labels(
     exist:Tensor, # `bool[n,K]` from `sample_layouts`
-    classes:int, # Number of classes `C`
+    classes:int|Sequence[int], # Number of classes `C`, or the labels to deal, where a detector's outputs are not all in use
     generator:torch.Generator|None=None # Randomness
 ) -> Tensor: # `int64[n,K]`, 1..C, and 0 where there is no object
     "Deal out classes, each as often as any other"
     m = int(exist.sum())
-    deck = torch.arange(m) % classes + 1
+    every = torch.arange(1, classes + 1) if isinstance(classes, int) else torch.tensor(classes)
+    deck = every[torch.arange(m) % len(every)]
     labels = torch.zeros(exist.shape, dtype=torch.int64)
     labels[exist] = deck[torch.randperm(m, generator=generator)]
     return labels
@@ -104,11 +107,11 @@ def soft_labels(
         todo = todo & (out.argmax(-1) != labels)
     return out
 
-# %% ../nbs/04_pseudo_targets.ipynb #b47f18c8
+# %% ../nbs/04_pseudo_targets.ipynb #69758f07
 def sample_targets(
     n:int, # Number of images
     size:tuple[int,int], # Image `(height, width)` in pixels
-    classes:int, # Number of classes `C`
+    classes:int|Sequence[int], # Number of classes `C`, or the labels to deal (as for `sample_labels`)
     objects:tuple[int,int]=(1, 6), # Fewest and most objects an image
     area:tuple[float,float]=(.01, .3), # Smallest and largest box, as a fraction of the image
     max_aspect:float=2.5, # Largest ratio between a box's sides
