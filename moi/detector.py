@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'ScaledResNet', 'bin_cells', 'GatherRoIAlign', 'load_backbone', 'build_detector', 'capacity', 'normalise',
-           'features', 'rpn_outputs', 'anchors_of', 'roi_outputs', 'encode', 'decode', 'propose', 'pad_targets',
-           'batch_iou', 'match', 'supervised_losses', 'save_detector', 'load_detector', 'weights_hash', 'inherit_heads']
+           'features', 'rpn_outputs', 'anchors_of', 'rpn_outputs_at', 'nearest_anchors', 'roi_outputs', 'encode',
+           'decode', 'propose', 'pad_targets', 'batch_iou', 'match', 'supervised_losses', 'save_detector',
+           'load_detector', 'weights_hash', 'inherit_heads']
 
 # %% ../nbs/02_detector.ipynb #5c744cba
 import hashlib
@@ -228,6 +229,67 @@ def anchors_of(
     levels, divisible = list(view.values()), detector.transform.size_divisible
     padded = levels[0].new_empty((1, 3, *(n + (-n) % divisible for n in size)))
     return detector.rpn.anchor_generator(ImageList(padded, [tuple(size)]), [level[:1] for level in levels])[0]
+
+# %% ../nbs/02_detector.ipynb #4cc1ca6b
+def rpn_outputs_at(
+    detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
+    view:OrderedDict, # From `features`
+    index:Tensor # `int64[B,n]`: anchors, numbered as in `rpn_outputs`
+) -> tuple[Tensor, Tensor]: # Objectness logits `[B,n]` and box deltas `[B,n,4]`
+    "Ask the RPN about a few anchors: what `rpn_outputs` says of them, at the cost of their cells alone"
+    head, levels = detector.rpn.head, list(view.values())
+    if not _one_convolution(head): # no window around a cell says it all
+        objectness, deltas = rpn_outputs(detector, view)
+        return objectness.gather(1, index), deltas.gather(1, index[..., None].expand(-1, -1, 4))
+    conv, shape = head.conv[0][0], torch.tensor([f.shape[-2:] for f in levels], device=index.device)
+    level, y, x, kind = _place(detector, shape, index)
+    h, w = shape[level].unbind(-1)
+    first = nn.functional.pad((len(index) * shape.prod(1)).cumsum(0), (1, 0))                       # a level's first cell; the last is behind all
+    first, behind = first[level], first[-1]
+    dy, dx = torch.arange(-1, 2, device=index.device).view(3, 1), torch.arange(-1, 2, device=index.device)
+    y, x, h, w, first = (v[..., None, None] for v in (y, x, h, w, first))
+    image = torch.arange(len(index), device=index.device).view(-1, 1, 1, 1)
+    inside = (y + dy >= 0) & (y + dy < h) & (x + dx >= 0) & (x + dx < w)
+    cell = torch.where(inside, first + (image * h + y + dy) * w + x + dx, behind)                   # [B,n,3,3]
+    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in levels] + [levels[0].new_zeros(1, levels[0].shape[1])])
+    windows = nn.functional.embedding(cell.flatten(2), table).flatten(2)                            # [B,n,9*C]
+    hidden = nn.functional.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).relu()
+    objectness = nn.functional.linear(hidden, head.cls_logits.weight.flatten(1), head.cls_logits.bias)
+    deltas = nn.functional.linear(hidden, head.bbox_pred.weight.flatten(1), head.bbox_pred.bias).unflatten(-1, (-1, 4))
+    return objectness.gather(2, kind[..., None]).squeeze(2), deltas.gather(2, kind[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+
+# %% ../nbs/02_detector.ipynb #3c4fcb8d
+def _one_convolution(head): # whether an RPN head is torchvision's own with a single 3x3 convolution
+    layers = [m for m in head.modules() if not list(m.children())]
+    return len(layers) == 4 and isinstance(head, RPNHead) and layers[0].kernel_size == (3, 3) and isinstance(layers[1], nn.ReLU)
+
+def _place(detector, shape, index): # level, row, column and kind of anchors, which are numbered level by level, row by row
+    kinds = torch.tensor(detector.rpn.anchor_generator.num_anchors_per_location(), device=index.device)
+    ends = (shape.prod(1) * kinds).cumsum(0)
+    level = torch.bucketize(index, ends, right=True)
+    index = index - nn.functional.pad(ends[:-1], (1, 0))[level]
+    cell, kind = index // kinds[level], index % kinds[level]
+    return level, cell // shape[level, 1], cell % shape[level, 1], kind
+
+# %% ../nbs/02_detector.ipynb #2586f8b1
+def nearest_anchors(
+    detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
+    view:OrderedDict, # From `features`
+    boxes:Tensor, # `[B,N,4]` in pixels
+    size:Sequence[int] # Image `(H,W)` in pixels
+) -> Tensor: # `int64[B,N,K]`: one anchor of each of the `K` shapes there are, numbered as in `rpn_outputs`
+    "For every box and shape of anchor, the one with the nearest centre; the anchor that overlaps the box most is among them"
+    generator, levels = detector.rpn.anchor_generator, list(view.values())
+    padded = [n + (-n) % detector.transform.size_divisible for n in size]
+    centre, out, first = (boxes[..., :2] + boxes[..., 2:]) / 2, [], 0
+    for f, base in zip(levels, generator.cell_anchors):
+        (h, w), k = f.shape[-2:], len(base)
+        off = ((base[:, :2] + base[:, 2:]) / 2).to(boxes.device)                                    # where a shape's centre lies in its cell
+        at = (centre[..., None, :] - off) / boxes.new_tensor([padded[1] // w, padded[0] // h])      # [B,N,k,2]
+        x, y = at.round().long().unbind(-1)
+        out.append(first + (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)) * k + torch.arange(k, device=boxes.device))
+        first += h * w * k
+    return torch.cat(out, -1)
 
 # %% ../nbs/02_detector.ipynb #e305766a
 def roi_outputs(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['pick', 'rpn_loss', 'roi_loss', 'candidate_regions', 'total_variation', 'batchnorm_prior', 'grid_shapes', 'init_grids',
-           'paint', 'impression_losses', 'synthesise', 'adapt_targets']
+           'paint', 'anchor_samples', 'impression_losses', 'synthesise', 'adapt_targets']
 
-# %% ../nbs/06_impressions.ipynb #941233fa
+# %% ../nbs/06_impressions.ipynb #39458e93
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 from tqdm.auto import tqdm
 
-from .detector import anchors_of, batch_iou, encode, features, match, pad_targets, propose, roi_outputs, rpn_outputs
+from .detector import (anchors_of, batch_iou, encode, features, match, nearest_anchors, pad_targets, propose, roi_outputs, rpn_outputs,
+    rpn_outputs_at)
 from .pseudo_targets import sample_boxes
 from .train import cosine, frozen, move_boxes, random_affine, seeded_steps, view
 
@@ -34,19 +36,18 @@ def pick(
     value, index = order.topk(n, 1)
     return index, torch.where(value >= 0, state.gather(1, index), -1)
 
-# %% ../nbs/06_impressions.ipynb #da778510
+# %% ../nbs/06_impressions.ipynb #50d646a5
 def rpn_loss(
-    objectness:Tensor, # `[B,A]` logits
-    deltas:Tensor, # `[B,A,4]`
-    wanted:Tensor, # `[B,A,4]`: the deltas that lead each anchor to its object
-    index:Tensor, # `int64[B,n]`: picked anchors
+    objectness:Tensor, # `[B,n]` logits of the picked anchors
+    deltas:Tensor, # `[B,n,4]`
+    wanted:Tensor, # `[B,n,4]`: the deltas that lead each anchor to its object
     picked:Tensor # `int64[B,n]`: 1 object, 0 background, -1 not counted
 ) -> dict[str, Tensor]: # `rpn_cls`, `rpn_box`
     "Objectness and box loss of the RPN at picked anchors"
-    counted, four = picked >= 0, index[..., None].expand(-1, -1, 4)
+    counted = picked >= 0
     n = counted.sum().clamp(min=1)
-    cls = F.binary_cross_entropy_with_logits(objectness.gather(1, index), (picked == 1).float(), reduction="none")
-    box = F.smooth_l1_loss(deltas.gather(1, four), wanted.gather(1, four), beta=1/9, reduction="none").sum(-1)
+    cls = F.binary_cross_entropy_with_logits(objectness, (picked == 1).float(), reduction="none")
+    box = F.smooth_l1_loss(deltas, wanted, beta=1/9, reduction="none").sum(-1)
     return {"rpn_cls": (cls * counted).sum() / n, "rpn_box": (box * (picked == 1)).sum() / n}
 
 # %% ../nbs/06_impressions.ipynb #aa210f35
@@ -142,7 +143,31 @@ def paint(
     size = grids[-1].shape[-2:]
     return torch.sigmoid(sum(F.interpolate(g, size, mode="bilinear", align_corners=False) for g in grids[:-1]) + grids[-1])
 
-# %% ../nbs/06_impressions.ipynb #526b7289
+# %% ../nbs/06_impressions.ipynb #571a8abe
+def anchor_samples(
+    detector:nn.Module, # The teacher
+    pyramid:OrderedDict, # From `features`
+    boxes:Tensor, # `[B,N,4]` pseudo-targets
+    labels:Tensor, # `[B,N]`, 0 where there is no object
+    proposals:Tensor, # `[B,P,4]`: the teacher's, or any others; the anchor that overlaps each most may be asked about
+    size:tuple[int,int], # Image `(H,W)`
+    n:int=64, # Anchors an image, up to half of them on objects
+    generator:torch.Generator|None=None # Randomness, on the CPU
+) -> tuple[Tensor, Tensor, Tensor]: # Anchors `int64[B,n]`, their states (1 object, 0 background, -1 not counted), and deltas `[B,n,4]` to their objects
+    "Anchors to ask about: around the objects, at the teacher's proposals, and anywhere"
+    every = anchors_of(detector, pyramid, size)
+    near = nearest_anchors(detector, pyramid, boxes, size).flatten(1)
+    taken = nearest_anchors(detector, pyramid, proposals, size)                                     # [B,P,K]
+    most = batch_iou(proposals[:, :, None], every[taken]).squeeze(2).argmax(-1, keepdim=True)
+    anywhere = torch.randint(len(every), (len(boxes), n), generator=generator).to(boxes.device)
+    some = torch.cat([near, taken.gather(2, most).squeeze(2), anywhere], 1)
+    state, which = match(every[some], boxes, labels, .7, .3, best=True)
+    index, picked = pick(state, n, n // 2, generator)
+    take = lambda x, i: x.gather(1, i[..., None].expand(-1, -1, 4))
+    some = some.gather(1, index)
+    return some, picked, encode(detector.rpn, take(boxes, which.gather(1, index)), every[some])
+
+# %% ../nbs/06_impressions.ipynb #8ce11f81
 def impression_losses(
     detector:nn.Module, # The teacher, frozen, in evaluation mode
     images:Tensor, # `float32[B,3,H,W]` in [0,1]
@@ -156,12 +181,8 @@ def impression_losses(
 ) -> dict[str, Tensor]: # `rpn_cls`, `rpn_box`, `roi_cls`, `roi_box`
     "The four losses of the teacher at the pseudo-targets"
     size, pyramid = tuple(images.shape[-2:]), features(detector, images)
-    every = anchors_of(detector, pyramid, size)
-    state, which = match(every, boxes, labels, .7, .3, best=True)
-    objects = boxes.gather(1, which[..., None].expand(-1, -1, 4))
-    objectness, deltas = rpn_outputs(detector, pyramid)
-    wanted = encode(detector.rpn, objects, every.expand_as(objects))
-    losses = rpn_loss(objectness, deltas, wanted, *pick(state, anchors, anchors // 2, generator))
+    index, picked, wanted = anchor_samples(detector, pyramid, boxes, labels, proposals, size, anchors, generator)
+    losses = rpn_loss(*rpn_outputs_at(detector, pyramid, index), wanted, picked)
 
     found = candidate_regions(boxes, labels, proposals, size, generator=generator)
     state, which = match(found, boxes, labels, .5, .4)
