@@ -79,7 +79,7 @@ def shared_regions(
     anywhere = regions[:, -randoms:].repeat(1, -(-regions.shape[1] // randoms), 1)[:, :regions.shape[1]]
     return torch.where(empty, anywhere, regions)
 
-# %% ../nbs/09_distill.ipynb #f304a34d
+# %% ../nbs/09_distill.ipynb #39345cdc
 def distill_losses(
     student:nn.Module, # Learns
     teacher:nn.Module, # Frozen, in evaluation mode
@@ -97,7 +97,7 @@ def distill_losses(
         theirs = features(teacher, images)
         rpn_t = rpn_outputs(teacher, theirs)
         anchors = anchors_of(teacher, theirs, size)
-        regions = shared_regions(propose(teacher, *rpn_t, anchors, theirs, size, proposals), boxes, labels, size, generator)
+        regions = shared_regions(propose(teacher, *rpn_t, anchors, size, proposals), boxes, labels, size, generator)
         logits_t, deltas_t = roi_outputs(teacher, theirs, regions, size)
         believed = logits_t.softmax(-1)[..., 1:]
     ours = features(student, images)

@@ -238,11 +238,11 @@ def synthesise(
             if watch: watch(step, images.detach())
     return (paint(grids).detach() * 255).round().to(torch.uint8).cpu(), {k: torch.stack(v).tolist() for k, v in history.items()}
 
-# %% ../nbs/06_impressions.ipynb #cade4454
+# %% ../nbs/06_impressions.ipynb #d198ae46
 @torch.no_grad()
 def _look(detector, images, size, n=16): # the teacher's best proposals for the images as they are, `[B,n,4]`
     pyramid = features(detector, images)
-    return propose(detector, *rpn_outputs(detector, pyramid), anchors_of(detector, pyramid, size), pyramid, size, n)
+    return propose(detector, *rpn_outputs(detector, pyramid), anchors_of(detector, pyramid, size), size, n)
 
 # %% ../nbs/06_impressions.ipynb #f78ad00a
 def adapt_targets(
