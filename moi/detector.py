@@ -6,7 +6,7 @@
 __all__ = ['RESNETS', 'ScaledResNet', 'bin_cells', 'GatherRoIAlign', 'load_backbone', 'build_detector', 'capacity', 'normalise',
            'features', 'rpn_outputs', 'anchors_of', 'rpn_outputs_at', 'nearest_anchors', 'roi_outputs', 'encode',
            'decode', 'pad_targets', 'batch_iou', 'match', 'propose', 'supervised_losses', 'save_detector',
-           'load_detector', 'weights_hash', 'inherit_heads']
+           'load_detector', 'weights_hash', 'inherit_heads', 'inherit_body']
 
 # %% ../nbs/02_detector.ipynb #5c744cba
 import hashlib
@@ -134,7 +134,7 @@ def load_backbone(
         raise ValueError(f"weights {weights!r} do not fit this {backbone} (torchvision's weights need width 1): {e}") from e
     return body
 
-# %% ../nbs/02_detector.ipynb #ff770e56
+# %% ../nbs/02_detector.ipynb #ae382b98
 def build_detector(
     classes:Sequence[str], # Class names; label `i` is `classes[i-1]`, 0 is the background
     backbone:str="resnet18", # A key of `RESNETS`
@@ -144,7 +144,7 @@ def build_detector(
     head_channels:int=1024, # Channels of the two fully connected layers over a region
     anchor_sizes:Sequence[float]=(32, 64, 128, 256, 512), # One anchor side for each of the five levels, in pixels
     proposals:int=300, # Regions that the RPN hands on after NMS; a third of them in training
-    rpn_samples:int=256, # Anchors sampled an image for the supervised loss, up to half of them on objects
+    rpn_samples:int=64, # Anchors sampled an image for the supervised loss, up to half of them on objects
     roi_samples:int=64, # Regions sampled an image for the supervised loss, up to half of them objects
     weights:str="" # Backbone weights: nothing, `"imagenet"` or a path (see `load_backbone`)
 ) -> FasterRCNN: # On the CPU, in training mode; `config` holds these parameters
@@ -456,4 +456,44 @@ def inherit_heads(
         wrong = [(k, shapes.get(k), tuple(v.shape)) for k, v in theirs.items() if shapes.get(k) != v.shape]
         if wrong: raise ValueError("heads can't be inherited, shapes differ: {}.{}: student {}, teacher {}".format(part, *wrong[0]))
         student.get_submodule(part).load_state_dict(theirs)
+    return student
+
+# %% ../nbs/02_detector.ipynb #edb03c8e
+@torch.no_grad()
+def inherit_body(
+    student:nn.Module, # From `build_detector`; changed in place
+    teacher:nn.Module # With the same blocks and pyramid, at least as wide
+) -> nn.Module: # `student`
+    "Start the student's backbone and pyramid from the teacher's most important channels"
+    (ours, our_pyramid), (theirs, their_pyramid) = ((d.backbone.body, d.backbone.fpn) for d in (student, teacher))
+    layers = [f"layer{i}" for i in (1, 2, 3, 4)]
+    blocks = [[[type(b) for b in getattr(body, layer, [])] for layer in layers] for body in (ours, theirs)]
+    if blocks[0] != blocks[1] or any(b is not BasicBlock for layer in blocks[1] for b in layer):
+        raise ValueError("the body can't be inherited: student and teacher must be ResNets of the same basic blocks")
+    if ours.bn1.num_features > theirs.bn1.num_features or student.backbone.out_channels != teacher.backbone.out_channels:
+        raise ValueError("the body can't be inherited: stem and pyramid have {} and {} channels in the student, {} and {} in the teacher".format(
+            *(n for d in (student, teacher) for n in (d.backbone.body.bn1.num_features, d.backbone.out_channels))))
+    def most(score, n): return score.topk(n).indices.sort().values
+    def norm(a, b, out): # the kept channels of a BatchNorm layer
+        for k in ("weight", "bias", "running_mean", "running_var"): getattr(a, k).copy_(getattr(b, k)[out])
+    kept = most(theirs.bn1.weight.abs() + sum(b.bn2.weight.abs() for b in theirs.layer1), ours.bn1.num_features)
+    ours.conv1.weight.copy_(theirs.conv1.weight[kept])
+    norm(ours.bn1, theirs.bn1, kept)
+    for layer, inner, their_inner in zip(layers, our_pyramid.inner_blocks, their_pyramid.inner_blocks):
+        a, b = getattr(ours, layer), getattr(theirs, layer)
+        if b[0].downsample is None: out = kept
+        else: out = most(b[0].downsample[1].weight.abs() + sum(m.bn2.weight.abs() for m in b), a[0].bn2.num_features)
+        for m, t in zip(a, b):
+            middle = most(t.bn1.weight.abs() * t.conv2.weight.square().sum((0, 2, 3)).sqrt(), m.bn1.num_features)
+            m.conv1.weight.copy_(t.conv1.weight[middle][:, kept])
+            norm(m.bn1, t.bn1, middle)
+            m.conv2.weight.copy_(t.conv2.weight[out][:, middle])
+            norm(m.bn2, t.bn2, out)
+            if t.downsample is not None:
+                m.downsample[0].weight.copy_(t.downsample[0].weight[out][:, kept])
+                norm(m.downsample[1], t.downsample[1], out)
+            kept = out
+        inner[0].weight.copy_(their_inner[0].weight[:, out] * (their_inner[0].weight.shape[1] / len(out)))
+        inner[0].bias.copy_(their_inner[0].bias)
+    our_pyramid.layer_blocks.load_state_dict(their_pyramid.layer_blocks.state_dict())
     return student

@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'PARAMETERS', 'as_method', 'Parameter', 'check_parameter',
            'paint_shard', 'texture_shard', 'take_photographs', 'make_student', 'score', 'run', 'measure', 'about',
            'link', 'surroundings', 'read_parameters', 'main']
 
-# %% ../nbs/11_experiment.ipynb #70cd6b64
+# %% ../nbs/11_experiment.ipynb #ade1e50f
 import argparse
 import difflib
 import hashlib
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from . import street
 from .data import DetectionDataset, KITTIDataset, Resized, VOCDataset, COCODataset, open_dataset
-from .detector import RESNETS, build_detector, capacity, inherit_heads, load_detector, save_detector, weights_hash
+from .detector import RESNETS, build_detector, capacity, inherit_body, inherit_heads, load_detector, save_detector, weights_hash
 from .distill import distill
 from .evaluate import coco_ap, predict, voc_ap
 from .impressions import adapt_targets, synthesise
@@ -39,11 +39,11 @@ from .textures import make_textures
 from .train import best_device, step_seed, train_detector
 from .transfer_set import join_shards, open_transfer_set, shards_done, write_shard, write_whole
 
-# %% ../nbs/11_experiment.ipynb #494e3c8f
+# %% ../nbs/11_experiment.ipynb #79c0046b
 METHODS = { # What each method changes in a run's parameters
     "moi": {},
     "impressions": {"textures": 0},
-    "strict": {"textures": 0, "bn_prior": 0., "inherit_heads": False},
+    "strict": {"textures": 0, "bn_prior": 0., "inherit_heads": False, "inherit_body": False},
     "diode": {"textures": 0, "bn_prior": 1., "pixels": True, "objects": [1, 1]},
     "textures": {"impressions": 0},
     "noise": {"impressions": 0, "texture_kind": "noise"},
@@ -72,7 +72,7 @@ class Parameter(NamedTuple):
     choices:tuple=() # Allowed values, where they can be listed
     length:int|None=None # Number of entries of a list
 
-# %% ../nbs/11_experiment.ipynb #e6682c0c
+# %% ../nbs/11_experiment.ipynb #7f180025
 PARAMETERS = {
     "name": Parameter("quickstart", "Name of the run: its folder under runs/"),
     "seed": Parameter(0, "Seed of world, teacher, impressions and student", 0, 2**31),
@@ -91,7 +91,7 @@ PARAMETERS = {
     "head_channels": Parameter(256, "Channels of the box head's two layers", 4, 65536),
     "anchor": Parameter(12., "Smallest anchor's side in pixels; it doubles from level to level", 1, 1024),
     "proposals": Parameter(300, "Regions that the RPN hands on to the box head; a third of them in training", 3, 10000),
-    "teacher_steps": Parameter(1300, "Steps of the teacher's training", 1),
+    "teacher_steps": Parameter(1200, "Steps of the teacher's training", 1),
     "teacher_lr": Parameter(.002, "AdamW's largest learning rate for the teacher", 0, 1),
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
     "impressions": Parameter(64, "Number of impressions in the transfer set", 0, 10**7),
@@ -113,7 +113,8 @@ PARAMETERS = {
     "shard": Parameter(32, "Impressions painted together, and written together", 1, 4096),
     "student_width": Parameter(.25, "Channel multiplier of the student's backbone", .125, 4),
     "inherit_heads": Parameter(True, "Start the student's RPN and box head from the teacher's"),
-    "distill_steps": Parameter(1000, "Steps of the distillation", 1),
+    "inherit_body": Parameter(True, "Start the student's backbone and pyramid from the teacher's most important channels"),
+    "distill_steps": Parameter(600, "Steps of the distillation", 1),
     "batch": Parameter(8, "Images a step of the distillation", 1, 4096),
     "distill_lr": Parameter(.002, "AdamW's largest learning rate for the student", 0, 1),
     "ema": Parameter(.99, "Decay of the moving average of the student's weights a step", 0, .99999),
@@ -149,7 +150,7 @@ def _nearest(name, among): # ", did you mean ..." where something is near
     near = difflib.get_close_matches(str(name), list(among), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
-# %% ../nbs/11_experiment.ipynb #1a44692f
+# %% ../nbs/11_experiment.ipynb #402c44e2
 def check_parameters(
     given:dict[str, Any] # Parameters that differ from the defaults, or all
 ) -> dict[str, Any]: # Every parameter
@@ -167,9 +168,16 @@ def check_parameters(
         raise ValueError("parameters 'impressions' and 'textures' are both 0; a student needs images")
     if (p["photographs"] == "proxy" or "proxy" in p["baselines"]) and not p["proxy_root"]:
         raise ValueError("parameter 'proxy_root' is empty; the method 'proxy' needs a folder of photographs")
+    if not p["teacher"]: _smaller(p, p["teacher_width"])
     if p["impressions"] and p["objects"][1] < 1:
         raise ValueError(f"parameter 'objects' is {p['objects']}; the most must be at least 1")
     return p
+
+# %% ../nbs/11_experiment.ipynb #70ee21f0
+def _smaller(p, width): # a body is inherited by a smaller student only
+    if p["inherit_body"] and p["student_width"] >= width:
+        raise ValueError(f"parameter 'inherit_body' is True, 'student_width' is {p['student_width']} and the teacher's width {width}; "
+            "a student of that width would be the teacher itself: set inherit_body to false")
 
 # %% ../nbs/11_experiment.ipynb #02186c06
 def notebook_parameters(
@@ -232,7 +240,7 @@ def open_split(
     reader = {"street": KITTIDataset, "kitti": KITTIDataset, "voc": VOCDataset, "coco": COCODataset}[p["dataset"]]
     return reader(root, p["splits"][split], p["classes"] or None)
 
-# %% ../nbs/11_experiment.ipynb #d4357cd2
+# %% ../nbs/11_experiment.ipynb #84823f2c
 def make_teacher(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -244,6 +252,7 @@ def make_teacher(
         wanted = {"size": p["size"], "classes": list(open_split(p, world[1]["root"], 2).classes)}
         for k, v in wanted.items():
             if given[k] != v: raise ValueError(f"the teacher {p['teacher']!r} has {k} {given[k]}, the run has {v}")
+        _smaller(p, given["width"])
         return Path(p["teacher"]), {"seconds": 0., "reused": True, "history": {}}
     used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor", "proposals",
             "teacher_steps", "teacher_lr", "teacher_batch", "seed")
@@ -357,7 +366,7 @@ def _folder_and_split(root, runs): # "folder" or "folder:split", from the workin
     if found is None: raise FileNotFoundError(f"parameter 'proxy_root' has {root!r}; no such folder in {Path.cwd()} or {runs.parent}")
     return found, split or None
 
-# %% ../nbs/11_experiment.ipynb #012c9b47
+# %% ../nbs/11_experiment.ipynb #6d2b74c0
 def make_student(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -367,13 +376,14 @@ def make_student(
     "Distil a student on a transfer set"
     device = best_device(p["device"])
     teacher = load_detector(teacher_file, device)
-    used = ("backbone", "student_width", "fpn_channels", "head_channels", "anchor", "proposals", "inherit_heads",
+    used = ("backbone", "student_width", "fpn_channels", "head_channels", "anchor", "proposals", "inherit_heads", "inherit_body",
             "distill_steps", "distill_lr", "ema", "batch", "seed")
     depends = {"teacher": weights_hash(teacher), "transfer_set": transfer[1]["depends"]} | {k: p[k] for k in used}
     def make(folder):
         torch.manual_seed(step_seed(p["seed"], 2))
         student = new_detector(p, teacher.config["classes"], p["student_width"]).to(device)
         if p["inherit_heads"]: inherit_heads(student, teacher)
+        if p["inherit_body"]: inherit_body(student, teacher)
         images = Resized(open_transfer_set(transfer[0]), tuple(p["size"]), cache=True)
         history = distill(student, teacher, images, p["distill_steps"], p["batch"], p["distill_lr"], p["ema"], p["seed"])
         save_detector(student, folder/"student.safetensors")
@@ -449,7 +459,7 @@ def measure(
     kept = lambda k: metrics["student"][k] / metrics["teacher"][k] if metrics["teacher"][k] else None
     return metrics | {"retention": {k: kept(k) for k in ("AP", "AP50")}}
 
-# %% ../nbs/11_experiment.ipynb #243d4f53
+# %% ../nbs/11_experiment.ipynb #31be124c
 def about(
     p:dict, # Parameters
     teacher:Path, # The teacher's file
@@ -457,7 +467,8 @@ def about(
 ) -> dict: # `capacity`, `weights` (a hash of each), `switches`
     "What was compared, and under which conditions"
     detectors = {"teacher": load_detector(teacher), "student": load_detector(student)}
-    switches = {"bn_prior": p["bn_prior"] > 0, "inherited_heads": p["inherit_heads"], "textures": p["textures"] > 0, "photographs": p["photographs"]}
+    switches = {"bn_prior": p["bn_prior"] > 0, "inherited_heads": p["inherit_heads"], "inherited_body": p["inherit_body"],
+        "textures": p["textures"] > 0, "photographs": p["photographs"]}
     return {"capacity": {k: capacity(d) for k, d in detectors.items()}, "switches": switches,
             "weights": {k: weights_hash(d) for k, d in detectors.items()}}
 

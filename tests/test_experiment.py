@@ -147,7 +147,7 @@ def test_the_result_says_how_it_came_about(finished):
         assert metrics["retention"][k] == kept
     assert all(s["seconds"] >= 0 for s in result["stages"].values())
     assert result["stages"]["transfer_set"]["images"] == 16
-    assert set(result["switches"]) == {"bn_prior", "inherited_heads", "textures"}
+    assert set(result["switches"]) == {"bn_prior", "inherited_heads", "inherited_body", "textures", "photographs"}
     for part in result["capacity"].values():
         assert set(part) == {"body", "fpn", "rpn", "heads", "total"}
 
@@ -240,6 +240,6 @@ def test_a_folder_of_ones_own_and_a_teacher_of_ones_own(dataset, write, tmp_path
     assert second["stages"]["teacher"]["seconds"] == 0 and second["history"]["teacher"] == {}
     assert second["stages"]["student"]["reused"]  # the same teacher, hence the same impressions and student
     assert (second["weights"], second["metrics"]) == (first["weights"], first["metrics"])
-    third = run(given | {"name": "wider", "teacher": str(teacher), "student_width": .25}, tmp_path)
+    third = run(given | {"name": "wider", "teacher": str(teacher), "student_width": .25, "inherit_body": False}, tmp_path)
     assert not third["stages"]["student"]["reused"] and third["weights"]["teacher"] == first["weights"]["teacher"]
     assert teacher.is_file()
