@@ -359,12 +359,13 @@ def take_photographs(
         return {"images": len(order)}
     return stage(runs, "transfer_set", depends, make)
 
-# %% ../nbs/11_experiment.ipynb #04e2ceeb
+# %% ../nbs/11_experiment.ipynb #b54c0a14
 def _folder_and_split(root, runs): # "folder" or "folder:split", from the working directory or the repository's root
-    folder, _, split = root.partition(":")
-    found = next((f for f in (Path(folder), runs.parent/folder) if f.exists()), None)
-    if found is None: raise FileNotFoundError(f"parameter 'proxy_root' has {root!r}; no such folder in {Path.cwd()} or {runs.parent}")
-    return found, split or None
+    folder, _, split = root.rpartition(":")
+    for name, part in ((root, None), (folder, split)):
+        for place in (Path(name), runs.parent/name):
+            if name and place.is_dir(): return place, part
+    raise FileNotFoundError(f"parameter 'proxy_root' has {root!r}; no such folder in {Path.cwd()} or {runs.parent}")
 
 # %% ../nbs/11_experiment.ipynb #6d2b74c0
 def make_student(

@@ -221,6 +221,25 @@ def test_killed_three_times_it_ends_as_if_never_killed(finished, tmp_path):
     assert (ours["weights"], ours["metrics"]) == (theirs["weights"], theirs["metrics"])
 
 
+def test_the_fidelity_notebook_fills_its_table(tmp_path):
+    root, notebook = layout(tmp_path), Path("nbs/experiments/fidelity.ipynb")
+    given = {"params": "tiny", "students": ["half", "same"], "methods": ["moi", "strict", "textures", "real"], "seeds": [0], "impressions": 4,
+        "textures": 4, "distill_steps": 2, "device": "cpu", "out": "results"}
+    done = python("-m", "papermill", "--start-timeout", "600", ROOT / notebook, "runs/out.ipynb", "-y", json.dumps(given), cwd=root)
+    assert done.returncode == 0, done.stderr
+    results = {f.parent.name: json.loads(f.read_text()) for f in (root / "results").glob("*/result.json")}
+    assert set(results) == {f"tiny-{s}-{m}-s0" for s in given["students"] for m in given["methods"]}
+    assert len({r["weights"]["teacher"] for r in results.values()}) == 1
+    assert {r["stages"]["transfer_set"]["images"] for r in results.values()} == {8}
+    assert results["tiny-half-strict-s0"]["switches"] == {
+        "bn_prior": False, "inherited_heads": False, "inherited_body": False, "textures": False, "photographs": ""}
+    assert results["tiny-half-real-s0"]["switches"]["photographs"] == "real"
+    cell = results["tiny-same-moi-s0"]
+    assert cell["capacity"]["student"] == cell["capacity"]["teacher"] and not cell["switches"]["inherited_body"]
+    table = next(o for c in nbformat.read(root / "runs/out.ipynb", 4).cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {}))
+    assert all(f"| {s} | `{m}` |" in table["data"]["text/markdown"] for s in given["students"] for m in given["methods"])
+
+
 # Folders and teachers of one's own
 
 @pytest.mark.parametrize("dataset, write", [("voc", write_voc), ("kitti", write_kitti)])
