@@ -72,7 +72,7 @@ class Parameter(NamedTuple):
     choices:tuple=() # Allowed values, where they can be listed
     length:int|None=None # Number of entries of a list
 
-# %% ../nbs/11_experiment.ipynb #7f180025
+# %% ../nbs/11_experiment.ipynb #d3cbe4ac
 PARAMETERS = {
     "name": Parameter("quickstart", "Name of the run: its folder under runs/"),
     "seed": Parameter(0, "Seed of world, teacher, impressions and student", 0, 2**31),
@@ -91,7 +91,7 @@ PARAMETERS = {
     "head_channels": Parameter(256, "Channels of the box head's two layers", 4, 65536),
     "anchor": Parameter(12., "Smallest anchor's side in pixels; it doubles from level to level", 1, 1024),
     "proposals": Parameter(300, "Regions that the RPN hands on to the box head; a third of them in training", 3, 10000),
-    "teacher_steps": Parameter(1200, "Steps of the teacher's training", 1),
+    "teacher_steps": Parameter(900, "Steps of the teacher's training", 1),
     "teacher_lr": Parameter(.002, "AdamW's largest learning rate for the teacher", 0, 1),
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
     "impressions": Parameter(64, "Number of impressions in the transfer set", 0, 10**7),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick', 'rpn_loss', 'roi_loss', 'candidate_regions', 'total_variation', 'batchnorm_prior', 'grid_shapes', 'init_grids',
-           'enlargement', 'paint', 'anchor_samples', 'impression_losses', 'synthesise', 'adapt_targets']
+           'enlargement', 'paint', 'adapt_targets', 'anchor_samples', 'impression_losses', 'synthesise']
 
 # %% ../nbs/06_impressions.ipynb #865236c5
 import contextlib
@@ -157,6 +157,28 @@ def paint(
         x = x + up @ g @ across.T
     return torch.sigmoid(x)
 
+# %% ../nbs/06_impressions.ipynb #f78ad00a
+def adapt_targets(
+    target:dict, # Pseudo-target: `boxes` `[N,4]`, `labels` `[N]`
+    detections:dict, # What the teacher sees: `boxes`, `labels`, `scores`
+    size:tuple[int,int], # Image `(H,W)`
+    confidence:float=.2, # Least score of a detection that counts
+    overlap:float=.35 # Largest IoU of a new object with those there
+) -> dict: # `boxes`, `labels`, and `soft` where the target has it; what is new is hard
+    "Drop what the teacher does not support, never the last; add what it confidently sees"
+    d = {k: v[detections["scores"] > confidence] for k, v in detections.items()}
+    iou = torch.zeros(len(target["labels"]), len(d["labels"]))
+    if iou.numel(): iou = batch_iou(target["boxes"], d["boxes"])
+    support = (iou >= .5) & (target["labels"][:, None] == d["labels"])
+    keep = support.any(1)
+    if not keep.any() and len(keep): keep[iou.amax(1).argmax() if iou.numel() else 0] = True
+    share = (d["boxes"][:, 2:] - d["boxes"][:, :2]).prod(1) / (size[0] * size[1])
+    new = (iou < overlap).all(0) & (share > .01) & (share < .85)
+    adapted = {k: torch.cat([target[k][keep], d[k][new]]) for k in ("boxes", "labels")}
+    if "soft" not in target: return adapted
+    hard = F.one_hot(d["labels"][new], target["soft"].shape[1]).float()
+    return adapted | {"soft": torch.cat([target["soft"][keep], hard])}
+
 # %% ../nbs/06_impressions.ipynb #571a8abe
 def anchor_samples(
     detector:nn.Module, # The teacher
@@ -210,7 +232,7 @@ def impression_losses(
     wanted = encode(detector.roi_heads, take(boxes, which), chosen)
     return losses | roi_loss(logits, deltas, wanted, labels.gather(1, which) * (picked == 1), picked >= 0, soft)
 
-# %% ../nbs/06_impressions.ipynb #b9b46801
+# %% ../nbs/06_impressions.ipynb #381b151b
 def synthesise(
     detector:nn.Module, # The teacher
     targets:Sequence[dict], # Pseudo-targets, one an image (from `sample_targets`)
@@ -221,14 +243,17 @@ def synthesise(
     bn_prior:float=0., # Weight of the BatchNorm prior; 0 leaves the moments unread
     pixels:bool=False, # Hold plain pixels instead of grids
     refresh:int=25, # Steps between two looks at the teacher's own proposals
+    adapt:int=0, # Steps after which targets are adapted to what the teacher sees, again and again; 0 keeps them
     seed:int=0, # Start, views and picks
     progress:str="impressions", # Name on the progress bar; an empty one hides it
     watch:Callable[[int, Tensor], None]|None=None # Called with each step and the images `[B,3,H,W]`, to look on
 ) -> tuple[Tensor, dict[str, list[float]]]: # `uint8[B,3,H,W]`, and the history of each loss
     "Paint one image for each target"
     device = next(detector.parameters()).device
-    boxes, labels = pad_targets(targets, device=device)
-    soft = nn.utils.rnn.pad_sequence([t["soft"] for t in targets], batch_first=True).to(device) if "soft" in targets[0] else None
+    def padded(targets): # boxes, labels and, where there are any, soft labels
+        soft = nn.utils.rnn.pad_sequence([t["soft"] for t in targets], batch_first=True).to(device) if "soft" in targets[0] else None
+        return *pad_targets(targets, device=device), soft
+    boxes, labels, soft = padded(targets)
     grids = [x.to(device).requires_grad_() for x in init_grids(len(targets), size, torch.Generator().manual_seed(seed), pixels)]
     optimiser = torch.optim.Adam(grids, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: cosine(i, steps))
@@ -238,6 +263,10 @@ def synthesise(
         for step in tqdm(range(steps), desc=progress, disable=not progress, leave=False):
             generator, images = reseed(step), paint(grids)
             if step % refresh == refresh - 1: proposals = _look(detector, images, size)
+            if adapt and step % adapt == adapt - 1:
+                with torch.no_grad(): seen = [{k: v.cpu() for k, v in d.items()} for d in detector(list(images))]
+                targets = [adapt_targets(t, d, size) for t, d in zip(targets, seen)]
+                boxes, labels, soft = padded(targets)
             affine = random_affine(len(images), generator, scale=(.85, 1.15), shift=.1).to(device)
             moved, present = move_boxes(boxes, labels, size, affine)
             proposed, _ = move_boxes(proposals, labels[:, :1], size, affine)
@@ -257,25 +286,3 @@ def synthesise(
 def _look(detector, images, size, n=16): # the teacher's best proposals for the images as they are, `[B,n,4]`
     pyramid = features(detector, images)
     return propose(detector, *rpn_outputs(detector, pyramid), anchors_of(detector, pyramid, size), size, n)
-
-# %% ../nbs/06_impressions.ipynb #f78ad00a
-def adapt_targets(
-    target:dict, # Pseudo-target: `boxes` `[N,4]`, `labels` `[N]`
-    detections:dict, # What the teacher sees: `boxes`, `labels`, `scores`
-    size:tuple[int,int], # Image `(H,W)`
-    confidence:float=.2, # Least score of a detection that counts
-    overlap:float=.35 # Largest IoU of a new object with those there
-) -> dict: # `boxes`, `labels`, and `soft` where the target has it; what is new is hard
-    "Drop what the teacher does not support, never the last; add what it confidently sees"
-    d = {k: v[detections["scores"] > confidence] for k, v in detections.items()}
-    iou = torch.zeros(len(target["labels"]), len(d["labels"]))
-    if iou.numel(): iou = batch_iou(target["boxes"], d["boxes"])
-    support = (iou >= .5) & (target["labels"][:, None] == d["labels"])
-    keep = support.any(1)
-    if not keep.any() and len(keep): keep[iou.amax(1).argmax() if iou.numel() else 0] = True
-    share = (d["boxes"][:, 2:] - d["boxes"][:, :2]).prod(1) / (size[0] * size[1])
-    new = (iou < overlap).all(0) & (share > .01) & (share < .85)
-    adapted = {k: torch.cat([target[k][keep], d[k][new]]) for k in ("boxes", "labels")}
-    if "soft" not in target: return adapted
-    hard = F.one_hot(d["labels"][new], target["soft"].shape[1]).float()
-    return adapted | {"soft": torch.cat([target["soft"][keep], hard])}
