@@ -55,7 +55,7 @@ class ScaledResNet(ResNet):
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-# %% ../nbs/02_detector.ipynb #c1db0838
+# %% ../nbs/02_detector.ipynb #04ffc6e3
 class _WeightedSum(torch.autograd.Function): # sum_k weight[i,k] * table[index[i,k]] for each i; no gradient for the weights
     @staticmethod
     def forward(ctx, table, index, weight): # [N,C], int64[M,K], [M,K] -> [M,C]
@@ -66,7 +66,7 @@ class _WeightedSum(torch.autograd.Function): # sum_k weight[i,k] * table[index[i
     @staticmethod
     def backward(ctx, grad):
         index, weight = ctx.saved_tensors
-        cell, order = index.flatten().int().sort(stable=True)                                       # a number of 4 bytes sorts in half the time
+        cell, order = index.flatten().int().sort(stable=True) # numbers of 4 bytes sort in half the time
         ends = torch.bincount(cell, minlength=ctx.rows).cumsum(0)
         starts = nn.functional.pad(ends[:-1], (1, 0))
         return nn.functional.embedding_bag(order // index.shape[1], grad.contiguous(), starts,
@@ -242,7 +242,7 @@ def anchors_of(
     padded = levels[0].new_empty((1, 3, *(n + (-n) % divisible for n in size)))
     return detector.rpn.anchor_generator(ImageList(padded, [tuple(size)]), [level[:1] for level in levels])[0]
 
-# %% ../nbs/02_detector.ipynb #4cc1ca6b
+# %% ../nbs/02_detector.ipynb #b84bcc18
 def rpn_outputs_at(
     detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
     view:OrderedDict, # From `features`
@@ -256,7 +256,7 @@ def rpn_outputs_at(
     conv, shape = head.conv[0][0], torch.tensor([f.shape[-2:] for f in levels], device=index.device)
     level, y, x, kind = _place(detector, shape, index)
     h, w = shape[level].unbind(-1)
-    first = nn.functional.pad((len(index) * shape.prod(1)).cumsum(0), (1, 0))                       # a level's first cell; the last is behind all
+    first = nn.functional.pad((len(index) * shape.prod(1)).cumsum(0), (1, 0)) # a level's first cell; the last is behind all
     first, behind = first[level], first[-1]
     dy, dx = torch.arange(-1, 2, device=index.device).view(3, 1), torch.arange(-1, 2, device=index.device)
     y, x, h, w, first = (v[..., None, None] for v in (y, x, h, w, first))
@@ -283,7 +283,7 @@ def _place(detector, shape, index): # level, row, column and kind of anchors, wh
     cell, kind = index // kinds[level], index % kinds[level]
     return level, cell // shape[level, 1], cell % shape[level, 1], kind
 
-# %% ../nbs/02_detector.ipynb #2586f8b1
+# %% ../nbs/02_detector.ipynb #0b27b69c
 def nearest_anchors(
     detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
     view:OrderedDict, # From `features`
@@ -296,7 +296,7 @@ def nearest_anchors(
     centre, out, first = (boxes[..., :2] + boxes[..., 2:]) / 2, [], 0
     for f, base in zip(levels, generator.cell_anchors):
         (h, w), k = f.shape[-2:], len(base)
-        off = ((base[:, :2] + base[:, 2:]) / 2).to(boxes.device)                                    # where a shape's centre lies in its cell
+        off = ((base[:, :2] + base[:, 2:]) / 2).to(boxes.device) # where a shape's centre lies in its cell
         at = (centre[..., None, :] - off) / boxes.new_tensor([padded[1] // w, padded[0] // h])      # [B,N,k,2]
         x, y = at.round().long().unbind(-1)
         out.append(first + (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)) * k + torch.arange(k, device=boxes.device))
@@ -470,7 +470,7 @@ def inherit_heads(
         student.get_submodule(part).load_state_dict(theirs)
     return student
 
-# %% ../nbs/02_detector.ipynb #edb03c8e
+# %% ../nbs/02_detector.ipynb #29e3c727
 @torch.no_grad()
 def inherit_body(
     student:nn.Module, # From `build_detector`; changed in place
@@ -483,8 +483,9 @@ def inherit_body(
     if blocks[0] != blocks[1] or any(b is not BasicBlock for layer in blocks[1] for b in layer):
         raise ValueError("the body can't be inherited: student and teacher must be ResNets of the same basic blocks")
     if ours.bn1.num_features > theirs.bn1.num_features or student.backbone.out_channels != teacher.backbone.out_channels:
-        raise ValueError("the body can't be inherited: stem and pyramid have {} and {} channels in the student, {} and {} in the teacher".format(
-            *(n for d in (student, teacher) for n in (d.backbone.body.bn1.num_features, d.backbone.out_channels))))
+        channels = [n for d in (student, teacher) for n in (d.backbone.body.bn1.num_features, d.backbone.out_channels)]
+        raise ValueError("the body can't be inherited: stem and pyramid have {} and {} channels in the student, "
+            "{} and {} in the teacher".format(*channels))
     def most(score, n): return score.topk(n).indices.sort().values
     def norm(a, b, out): # the kept channels of a BatchNorm layer
         for k in ("weight", "bias", "running_mean", "running_var"): getattr(a, k).copy_(getattr(b, k)[out])

@@ -72,7 +72,7 @@ class Parameter(NamedTuple):
     choices:tuple=() # Allowed values, where they can be listed
     length:int|None=None # Number of entries of a list
 
-# %% ../nbs/11_experiment.ipynb #d3cbe4ac
+# %% ../nbs/11_experiment.ipynb #1f08eddf
 PARAMETERS = {
     "name": Parameter("quickstart", "Name of the run: its folder under runs/"),
     "seed": Parameter(0, "Seed of world, teacher, impressions and student", 0, 2**31),
@@ -91,13 +91,14 @@ PARAMETERS = {
     "head_channels": Parameter(256, "Channels of the box head's two layers", 4, 65536),
     "anchor": Parameter(12., "Smallest anchor's side in pixels; it doubles from level to level", 1, 1024),
     "proposals": Parameter(300, "Regions that the RPN hands on to the box head; a third of them in training", 3, 10000),
-    "teacher_steps": Parameter(900, "Steps of the teacher's training", 1),
+    "teacher_steps": Parameter(1100, "Steps of the teacher's training", 1),
     "teacher_lr": Parameter(.002, "AdamW's largest learning rate for the teacher", 0, 1),
+    "teacher_views": Parameter(1., "How much the views that the teacher learns from differ; 0 is mirrors alone", 0, 2),
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
     "impressions": Parameter(64, "Number of impressions in the transfer set", 0, 10**7),
     "textures": Parameter(64, "Number of procedural textures mixed in", 0, 10**7),
     "texture_kind": Parameter("leaves", "What textures are: leaves (dead leaves) or noise (smooth noise)", choices=("leaves", "noise")),
-    "photographs": Parameter("", "Instead of impressions and textures, for comparison: real (unlabelled training images) or proxy (those of proxy_root)", choices=("", "real", "proxy")),
+    "photographs": Parameter("", "Instead of impressions and textures: real (training images) or proxy", choices=("", "real", "proxy")),
     "proxy_root": Parameter([], "Folders of unrelated photographs, each in a dataset's layout"),
     "objects": Parameter([1, 6], "Fewest and most pseudo-targets an image", 0, 100, length=2),
     "area": Parameter([.01, .3], "Smallest and largest area of a pseudo-target, as a fraction of the image", 1e-6, 1, length=2),
@@ -240,7 +241,7 @@ def open_split(
     reader = {"street": KITTIDataset, "kitti": KITTIDataset, "voc": VOCDataset, "coco": COCODataset}[p["dataset"]]
     return reader(root, p["splits"][split], p["classes"] or None)
 
-# %% ../nbs/11_experiment.ipynb #84823f2c
+# %% ../nbs/11_experiment.ipynb #d5737ea6
 def make_teacher(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -255,13 +256,14 @@ def make_teacher(
         _smaller(p, given["width"])
         return Path(p["teacher"]), {"seconds": 0., "reused": True, "history": {}}
     used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor", "proposals",
-            "teacher_steps", "teacher_lr", "teacher_batch", "seed")
+            "teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "seed")
     device = best_device(p["device"])
     def make(folder):
         images = Resized(open_split(p, world[1]["root"], 0), tuple(p["size"]), cache=True)
         torch.manual_seed(step_seed(p["seed"], 1))
         teacher = new_detector(p, images.classes, p["teacher_width"], p["weights"]).to(device)
-        history = train_detector(teacher, images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], seed=p["seed"])
+        history = train_detector(teacher, images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], seed=p["seed"],
+            views=p["teacher_views"])
         save_detector(teacher, folder/"teacher.safetensors")
         return {"history": history}
     folder, record = stage(runs, "teacher", {"world": world[0]} | {k: p[k] for k in used}, make)
@@ -335,8 +337,8 @@ def texture_shard(
     "Draw textures"
     return make_textures(n, tuple(teacher.config["size"]), p["texture_kind"], step_seed(p["seed"], first, 1)), [NOTHING] * n
 
-# %% ../nbs/11_experiment.ipynb #b82ecc49
-NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} # The targets of an image that nobody knows anything about
+# %% ../nbs/11_experiment.ipynb #d9d67f40
+NOTHING = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} # Targets of an image of which nothing is known
 
 # %% ../nbs/11_experiment.ipynb #2454e4aa
 def take_photographs(

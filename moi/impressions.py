@@ -179,7 +179,7 @@ def adapt_targets(
     hard = F.one_hot(d["labels"][new], target["soft"].shape[1]).float()
     return adapted | {"soft": torch.cat([target["soft"][keep], hard])}
 
-# %% ../nbs/06_impressions.ipynb #571a8abe
+# %% ../nbs/06_impressions.ipynb #2e42cb4f
 def anchor_samples(
     detector:nn.Module, # The teacher
     pyramid:OrderedDict, # From `features`
@@ -189,7 +189,7 @@ def anchor_samples(
     size:tuple[int,int], # Image `(H,W)`
     n:int=64, # Anchors an image, up to half of them on objects
     generator:torch.Generator|None=None # Randomness, on the CPU
-) -> tuple[Tensor, Tensor, Tensor]: # Anchors `int64[B,n]`, their states (1 object, 0 background, -1 not counted), and deltas `[B,n,4]` to their objects
+) -> tuple[Tensor, Tensor, Tensor]: # Anchors `int64[B,n]`, their states (as from `pick`), and the deltas `[B,n,4]` to their objects
     "Anchors to ask about: around the objects, at the teacher's proposals, and anywhere"
     every = anchors_of(detector, pyramid, size)
     near = nearest_anchors(detector, pyramid, boxes, size).flatten(1)

@@ -188,7 +188,7 @@ def frozen(
         model.train(training)
         for p, r in zip(model.parameters(), learning): p.requires_grad_(r)
 
-# %% ../nbs/03_train.ipynb #f6dfd0db
+# %% ../nbs/03_train.ipynb #dbdc1ff1
 def train_detector(
     detector:nn.Module, # From `build_detector`; trained in place, on its own device
     dataset, # Images `uint8[3,H,W]` of one size and targets: usually `moi.data.Resized(...)`
@@ -197,9 +197,7 @@ def train_detector(
     lr:float=2e-3, # AdamW's largest learning rate
     ema:float=0., # Decay of the weights' moving average; 0 for none
     seed:int=0, # Order of the images, views and sampled regions
-    scale:tuple[float,float]=(.9, 1.1), # Range of the views' scale
-    shift:float=.05, # Largest shift of a view, as a fraction of the image
-    colour:float=.15, # Strength of `random_colour`
+    views:float=1., # How much views differ: at 1, scales from .8 to 1.25, shifts up to .2 of the image, colours by .3; at 0, mirrors alone
     workers:int=0, # Processes that decode images
     progress:str="teacher" # Name on the progress bar
 ) -> dict[str, list[float]]: # History of the four losses
@@ -208,7 +206,7 @@ def train_detector(
     loader = DataLoader(dataset, batch_sampler=batches(len(dataset), batch, steps, seed), collate_fn=collate, num_workers=workers)
     def losses(batch, generator):
         images, (boxes, labels) = batch[0].to(device).float() / 255, pad_targets(batch[1], device=device)
-        affine = random_affine(len(images), generator, scale=scale, shift=shift).to(device)
-        images = random_colour(view(images, affine), generator, colour)
+        affine = random_affine(len(images), generator, scale=(.8**views, 1.25**views), shift=.2*views, aspect=1.1**views).to(device)
+        images = random_colour(view(images, affine), generator, .3*views)
         return supervised_losses(detector, images, *move_boxes(boxes, labels, tuple(images.shape[-2:]), affine))
     return fit(detector.train(), losses, loader, steps, lr=lr, ema=ema, seed=seed, progress=progress)

@@ -65,7 +65,8 @@ EXPERIMENT = """
 import sys
 from pathlib import Path
 from moi import experiment
-for name in ("open_split", "make_world", "take_photographs", "open_dataset", "KITTIDataset", "VOCDataset"): delattr(experiment, name) # what knows the data
+for name in ("open_split", "make_world", "take_photographs", "open_dataset", "KITTIDataset", "VOCDataset"): # what knows the data
+    delattr(experiment, name)
 parameters = experiment.check_parameters({"size": [64, 64], "impressions": 2, "textures": 2, "synthesis_steps": 2,
     "fpn_channels": 16, "head_channels": 32, "student_width": .125, "distill_steps": 2, "batch": 4, "device": "cpu"})
 runs, teacher = Path(sys.argv[1]), Path(sys.argv[2])
