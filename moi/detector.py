@@ -146,7 +146,7 @@ def load_backbone(
         raise ValueError(f"weights {weights!r} do not fit this {backbone} (torchvision's weights need width 1): {e}") from e
     return body
 
-# %% ../nbs/02_detector.ipynb #eee72276
+# %% ../nbs/02_detector.ipynb #4de43bad
 def build_detector(
     classes:Sequence[str], # Class names; label `i` is `classes[i-1]`, 0 is the background
     backbone:str="resnet18", # A key of `RESNETS`
@@ -155,7 +155,7 @@ def build_detector(
     fpn_channels:int=256, # Channels of every pyramid level
     head_channels:int=1024, # Channels of the two fully connected layers over a region
     anchor_sizes:Sequence[float]=(32, 64, 128, 256, 512), # One anchor side for each of the five levels, in pixels
-    proposals:int=300, # Regions that the RPN hands on after NMS; a third of them in training
+    proposals:int=300, # Boxes of each level that enter the RPN's NMS in training, of which a third leave it; 1,000 otherwise
     rpn_samples:int=64, # Anchors sampled an image for the supervised loss, up to half of them on objects
     roi_samples:int=64, # Regions sampled an image for the supervised loss, up to half of them objects
     weights:str="" # Backbone weights: nothing, `"imagenet"` or a path (see `load_backbone`)
@@ -171,8 +171,8 @@ def build_detector(
     neck = BackboneWithFPN(body, levels, [body.inplanes // 2**i for i in (3, 2, 1, 0)], fpn_channels, LastLevelMaxPool())
     anchors = AnchorGenerator(tuple((s,) for s in anchor_sizes), ((.5, 1., 2.),) * 5)
     detector = FasterRCNN(neck, rpn_anchor_generator=anchors, rpn_head=RPNHead(fpn_channels, 3),
-        rpn_pre_nms_top_n_train=proposals, rpn_pre_nms_top_n_test=proposals,
-        rpn_post_nms_top_n_train=-(-proposals // 3), rpn_post_nms_top_n_test=proposals, rpn_batch_size_per_image=rpn_samples,
+        rpn_pre_nms_top_n_train=proposals, rpn_pre_nms_top_n_test=1000,
+        rpn_post_nms_top_n_train=-(-proposals // 3), rpn_post_nms_top_n_test=1000, rpn_batch_size_per_image=rpn_samples,
         box_roi_pool=GatherRoIAlign(["0", "1", "2", "3"], 7, 2),
         box_head=ChannelsLastMLPHead(fpn_channels * 49, head_channels), box_predictor=FastRCNNPredictor(head_channels, len(classes) + 1),
         box_batch_size_per_image=roi_samples, box_positive_fraction=.5,

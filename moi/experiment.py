@@ -72,7 +72,7 @@ class Parameter(NamedTuple):
     choices:tuple=() # Allowed values, where they can be listed
     length:int|None=None # Number of entries of a list
 
-# %% ../nbs/11_experiment.ipynb #1f08eddf
+# %% ../nbs/11_experiment.ipynb #6ead9238
 PARAMETERS = {
     "name": Parameter("quickstart", "Name of the run: its folder under runs/"),
     "seed": Parameter(0, "Seed of world, teacher, impressions and student", 0, 2**31),
@@ -90,7 +90,7 @@ PARAMETERS = {
     "fpn_channels": Parameter(64, "Channels of every pyramid level", 4, 4096),
     "head_channels": Parameter(256, "Channels of the box head's two layers", 4, 65536),
     "anchor": Parameter(12., "Smallest anchor's side in pixels; it doubles from level to level", 1, 1024),
-    "proposals": Parameter(300, "Regions that the RPN hands on to the box head; a third of them in training", 3, 10000),
+    "proposals": Parameter(300, "Boxes of each level that enter the NMS of the RPN in training; a third leave it", 3, 10000),
     "teacher_steps": Parameter(1100, "Steps of the teacher's training", 1),
     "teacher_lr": Parameter(.002, "AdamW's largest learning rate for the teacher", 0, 1),
     "teacher_views": Parameter(1., "How much the views that the teacher learns from differ; 0 is mirrors alone", 0, 2),
