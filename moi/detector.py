@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESNETS', 'ScaledResNet', 'bin_cells', 'GatherRoIAlign', 'ChannelsLastMLPHead', 'load_backbone', 'build_detector',
            'capacity', 'normalise', 'features', 'rpn_outputs', 'anchors_of', 'rpn_outputs_at', 'nearest_anchors',
-           'roi_outputs', 'encode', 'decode', 'pad_targets', 'batch_iou', 'match', 'propose', 'supervised_losses',
-           'save_detector', 'load_detector', 'weights_hash', 'inherit_heads', 'inherit_body']
+           'region_features', 'roi_outputs', 'encode', 'decode', 'pad_targets', 'batch_iou', 'match', 'propose',
+           'supervised_losses', 'save_detector', 'load_detector', 'weights_hash', 'inherit_heads', 'inherit_body']
 
 # %% ../nbs/02_detector.ipynb #5c744cba
 import hashlib
@@ -303,7 +303,18 @@ def nearest_anchors(
         first += h * w * k
     return torch.cat(out, -1)
 
-# %% ../nbs/02_detector.ipynb #e305766a
+# %% ../nbs/02_detector.ipynb #d3dfd1c5
+def region_features(
+    detector:nn.Module, # Any torchvision `GeneralizedRCNN` with a box head
+    view:OrderedDict, # From `features`
+    boxes:Tensor, # `float32[B,R,4]` in pixels
+    size:Sequence[int] # Image `(H,W)` in pixels
+) -> Tensor: # `[B,R,D]`: what the box head makes of each region before it decides
+    "Describe `boxes`"
+    heads = detector.roi_heads
+    return heads.box_head(heads.box_roi_pool(view, list(boxes), [tuple(size)] * len(boxes))).view(*boxes.shape[:2], -1)
+
+# %% ../nbs/02_detector.ipynb #4e1d434d
 def roi_outputs(
     detector:nn.Module, # Any torchvision `GeneralizedRCNN` with a box head
     view:OrderedDict, # From `features`
@@ -312,9 +323,7 @@ def roi_outputs(
 ) -> tuple[Tensor, Tensor]: # Class logits `[B,R,C+1]` and deltas `[B,R,C+1,4]`
     "Ask the box head about `boxes`"
     b, r = boxes.shape[:2]
-    heads = detector.roi_heads
-    pooled = heads.box_roi_pool(view, list(boxes), [tuple(size)] * b)
-    logits, deltas = heads.box_predictor(heads.box_head(pooled))
+    logits, deltas = detector.roi_heads.box_predictor(region_features(detector, view, boxes, size).flatten(0, 1))
     return logits.view(b, r, -1), deltas.view(b, r, -1, 4)
 
 # %% ../nbs/02_detector.ipynb #77bc3a46

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COCO_NUMBERS', 'KITTI_LEVELS', 'evaluating', 'predict', 'flatten', 'flatten_pair', 'Evaluation', 'overlaps',
            'voc_match', 'average_precision', 'voc_ap', 'coco_dataset', 'coco_evaluator', 'coco_ap', 'greedy_match',
-           'kitti_thresholds', 'kitti_match', 'kitti_precision', 'kitti_roles', 'kitti_ap', 'agreement', 'bootstrap']
+           'kitti_thresholds', 'kitti_match', 'kitti_precision', 'kitti_roles', 'kitti_ap', 'agreement', 'bootstrap',
+           'describe_objects', 'nearest_distances']
 
-# %% ../nbs/08_evaluate.ipynb #64033a8a
+# %% ../nbs/08_evaluate.ipynb #670ef04d
 import contextlib
 import io
 import json
@@ -19,7 +20,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 from tqdm.auto import tqdm
+
+from .detector import features, pad_targets, region_features
 
 # %% ../nbs/08_evaluate.ipynb #9480b725
 @contextlib.contextmanager
@@ -497,3 +501,38 @@ def bootstrap(
     drawn = [difference(rng.integers(0, n, n)) for _ in range(draws)]
     low,high = np.nanquantile(drawn, [.025,.975])
     return {"difference": difference(range(n)), "low": float(low), "high": float(high)}
+
+# %% ../nbs/08_evaluate.ipynb #2c0ebccc
+@torch.no_grad()
+def describe_objects(
+    detector:nn.Module, # The teacher
+    samples:Sequence, # Images `uint8[3,H,W]` of any one size with their targets, such as `moi.data.Resized`
+    batch:int=16 # Images at once
+) -> tuple[Tensor, Tensor]: # A row an object: the teacher's description `[N,D]`, of length 1, and pixels `[N,768]`, less their mean colour
+    "What is compared when two objects are: how the teacher sees them, and how they look"
+    device, told, seen = next(detector.parameters()).device, [], []
+    with evaluating(detector):
+        for first in range(0, len(samples), batch):
+            chosen = [samples[i] for i in range(first, min(first + batch, len(samples)))]
+            images = torch.stack([image for image, _ in chosen]).to(device).float() / 255
+            boxes, labels = pad_targets([target for _, target in chosen], device=device)
+            there, size = labels > 0, tuple(images.shape[-2:])
+            places = torch.where(there[..., None], boxes, boxes.new_tensor([0, 0, size[1], size[0]]))
+            told.append(region_features(detector, features(detector, images), places, size)[there].cpu())
+            crops = roi_align(images, list(places), 16, aligned=True).view(*there.shape, 3, 16, 16)[there]
+            seen.append((crops - crops.mean((2, 3), keepdim=True)).flatten(1).cpu())
+    return nn.functional.normalize(torch.cat(told), dim=1), torch.cat(seen)
+
+# %% ../nbs/08_evaluate.ipynb #a2fde5b4
+def nearest_distances(
+    detector:nn.Module, # The teacher
+    train:Sequence, # Images it learnt from, with targets
+    others:dict[str,Sequence] # By name: impressions, held-out images
+) -> dict[str,dict[str,Tensor]]: # `{name: {"features": [N], "pixels": [N]}}`, in [0,2] and [0,1]: to the nearest object of `train`
+    "How near objects come to those that the teacher was trained on"
+    told, seen = describe_objects(detector, train)
+    def nearest(samples):
+        t, s = describe_objects(detector, samples)
+        pixels = torch.cdist(s, seen).amin(1) / seen.shape[1]**.5
+        return {"features": 1 - (t @ told.T).amax(1), "pixels": pixels}
+    return {name: nearest(samples) for name, samples in others.items()}

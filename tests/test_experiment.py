@@ -239,6 +239,8 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     outputs = [o.get("data", {}) for c in nbformat.read(root / "runs/out.ipynb", 4).cells for o in c.get("outputs", [])]
     table = next(d["text/markdown"] for d in outputs if "text/markdown" in d)
     assert all(f"| {s} | `{m}` |" in table for s in given["students"] for m in given["methods"])
+    shares = json.loads((root / "results/tiny-privacy.json").read_text())
+    assert all(0 <= shares[k]["impressions nearer than 99 % of held-out images"] <= 1 for k in ("features", "pixels"))
 
 
 # Folders and teachers of one's own
