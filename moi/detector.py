@@ -72,6 +72,10 @@ class _WeightedSum(torch.autograd.Function): # sum_k weight[i,k] * table[index[i
         return nn.functional.embedding_bag(order // index.shape[1], grad.contiguous(), starts,
             per_sample_weights=weight.flatten()[order], mode="sum"), None, None
 
+# %% ../nbs/02_detector.ipynb #ff850a85
+def _table(levels): # pyramid levels [B,C,h,w] as one row a cell [N,C]: level by level, image by image, row by row
+    return torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in levels])
+
 # %% ../nbs/02_detector.ipynb #bac49caa
 def bin_cells(
     lo:Tensor, # `[R]`: where regions begin along one axis, in feature cells
@@ -90,7 +94,7 @@ def bin_cells(
     weight = torch.stack([1 - (at - cell), at - cell], -1) * inside[..., None] / samples
     return torch.stack([cell, torch.minimum(cell + 1, last)], -1).view(-1, bins, 2*samples), weight.view(-1, bins, 2*samples)
 
-# %% ../nbs/02_detector.ipynb #f897d834
+# %% ../nbs/02_detector.ipynb #f3e665c9
 class GatherRoIAlign(MultiScaleRoIAlign):
     "torchvision's `MultiScaleRoIAlign`, which on a CPU gathers forwards and backwards; elsewhere it is torchvision's kernel"
     def forward(self,
@@ -114,7 +118,7 @@ class GatherRoIAlign(MultiScaleRoIAlign):
         at = (rows + (image * h)[:, None, None]) * w[:, None, None] + first[:, None, None]
         index = at[:, :, None, :, None] + columns[:, None, :, None, :]                              # [R,bins,bins,k,k]
         weight = wy[:, :, None, :, None] * wx[:, None, :, None, :]
-        table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in levels])
+        table = _table(levels)
         out = _WeightedSum.apply(table, index.reshape(-1, k * k), weight.to(table.dtype).reshape(-1, k * k))
         return out.view(-1, bins, bins, table.shape[1]).permute(0, 3, 1, 2)                         # channels stay last in memory
 
@@ -242,7 +246,7 @@ def anchors_of(
     padded = levels[0].new_empty((1, 3, *(n + (-n) % divisible for n in size)))
     return detector.rpn.anchor_generator(ImageList(padded, [tuple(size)]), [level[:1] for level in levels])[0]
 
-# %% ../nbs/02_detector.ipynb #b84bcc18
+# %% ../nbs/02_detector.ipynb #eddf6330
 def rpn_outputs_at(
     detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
     view:OrderedDict, # From `features`
@@ -263,7 +267,7 @@ def rpn_outputs_at(
     image = torch.arange(len(index), device=index.device).view(-1, 1, 1, 1)
     inside = (y + dy >= 0) & (y + dy < h) & (x + dx >= 0) & (x + dx < w)
     cell = torch.where(inside, first + (image * h + y + dy) * w + x + dx, behind)                   # [B,n,3,3]
-    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in levels] + [levels[0].new_zeros(1, levels[0].shape[1])])
+    table = nn.functional.pad(_table(levels), (0, 0, 0, 1))
     windows = nn.functional.embedding(cell.flatten(2), table).flatten(2)                            # [B,n,9*C]
     hidden = nn.functional.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).relu()
     objectness = nn.functional.linear(hidden, head.cls_logits.weight.flatten(1), head.cls_logits.bias)

@@ -136,8 +136,9 @@ def init_grids(
     shapes = grid_shapes(size)[-1:] if pixels else grid_shapes(size)
     return [.8 / 2**k * torch.randn(b, 3, *s, generator=generator) for k, s in enumerate(shapes)]
 
-# %% ../nbs/06_impressions.ipynb #05207d1f
+# %% ../nbs/06_impressions.ipynb #9bb68c5e
 @functools.lru_cache(64)
+@torch.inference_mode(False) # what is kept must serve a backward pass, whoever asked first
 def enlargement(
     n:int, # Cells along one axis
     size:int, # Pixels along it
@@ -232,7 +233,7 @@ def impression_losses(
     wanted = encode(detector.roi_heads, take(boxes, which), chosen)
     return losses | roi_loss(logits, deltas, wanted, labels.gather(1, which) * (picked == 1), picked >= 0, soft)
 
-# %% ../nbs/06_impressions.ipynb #381b151b
+# %% ../nbs/06_impressions.ipynb #c6c57722
 def synthesise(
     detector:nn.Module, # The teacher
     targets:Sequence[dict], # Pseudo-targets, one an image (from `sample_targets`)
@@ -250,10 +251,7 @@ def synthesise(
 ) -> tuple[Tensor, dict[str, list[float]]]: # `uint8[B,3,H,W]`, and the history of each loss
     "Paint one image for each target"
     device = next(detector.parameters()).device
-    def padded(targets): # boxes, labels and, where there are any, soft labels
-        soft = nn.utils.rnn.pad_sequence([t["soft"] for t in targets], batch_first=True).to(device) if "soft" in targets[0] else None
-        return *pad_targets(targets, device=device), soft
-    boxes, labels, soft = padded(targets)
+    boxes, labels, soft = _padded(targets, device)
     grids = [x.to(device).requires_grad_() for x in init_grids(len(targets), size, torch.Generator().manual_seed(seed), pixels)]
     optimiser = torch.optim.Adam(grids, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: cosine(i, steps))
@@ -264,9 +262,8 @@ def synthesise(
             generator, images = reseed(step), paint(grids)
             if step % refresh == refresh - 1: proposals = _look(detector, images, size)
             if adapt and step % adapt == adapt - 1:
-                with torch.no_grad(): seen = [{k: v.cpu() for k, v in d.items()} for d in detector(list(images))]
-                targets = [adapt_targets(t, d, size) for t, d in zip(targets, seen)]
-                boxes, labels, soft = padded(targets)
+                targets = _adapted(detector, images, targets, size)
+                boxes, labels, soft = _padded(targets, device)
             affine = random_affine(len(images), generator, scale=(.85, 1.15), shift=.1).to(device)
             moved, present = move_boxes(boxes, labels, size, affine)
             proposed, _ = move_boxes(proposals, labels[:, :1], size, affine)
@@ -281,7 +278,16 @@ def synthesise(
             if watch: watch(step, images.detach())
     return (paint(grids).detach() * 255).round().to(torch.uint8).cpu(), {k: torch.stack(v).tolist() for k, v in history.items()}
 
-# %% ../nbs/06_impressions.ipynb #d198ae46
+# %% ../nbs/06_impressions.ipynb #ee65276e
+def _padded(targets, device): # boxes, labels and, where there are any, soft labels
+    soft = nn.utils.rnn.pad_sequence([t["soft"] for t in targets], batch_first=True).to(device) if "soft" in targets[0] else None
+    return *pad_targets(targets, device=device), soft
+
+@torch.no_grad()
+def _adapted(detector, images, targets, size): # the targets, as the teacher sees them now
+    seen = [{k: v.cpu() for k, v in d.items()} for d in detector(list(images))]
+    return [adapt_targets(t, d, size) for t, d in zip(targets, seen)]
+
 @torch.no_grad()
 def _look(detector, images, size, n=16): # the teacher's best proposals for the images as they are, `[B,n,4]`
     pyramid = features(detector, images)
