@@ -6,15 +6,16 @@
 __all__ = ['sample_boxes', 'sample_layouts', 'covered', 'sample_labels', 'class_similarity', 'soft_labels', 'sample_targets',
            'preferred_targets']
 
-# %% ../nbs/04_pseudo_targets.ipynb #561addb6
+# %% ../nbs/04_pseudo_targets.ipynb #8a314b95
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .detector import anchors_of, decode, features, propose, roi_outputs, rpn_outputs
+from .train import uniform
 
-# %% ../nbs/04_pseudo_targets.ipynb #d908b8bf
+# %% ../nbs/04_pseudo_targets.ipynb #193fad56
 def sample_boxes(
     shape:tuple[int,...], # Leading shape of the result, `[...]`
     size:tuple[int,int], # Image `(height, width)` in pixels
@@ -27,7 +28,7 @@ def sample_boxes(
     lo, hi = area
     if not 0 < lo <= hi <= 1: raise ValueError(f"area must be 0 < smallest <= largest <= 1, a fraction of the image, got {tuple(area)}")
     if max_aspect < 1: raise ValueError(f"max_aspect is {max_aspect}, the least is 1")
-    u = torch.rand(*shape, 4, generator=generator)
+    u = uniform(*shape, 4, generator=generator)
     a = h * w * lo * (hi / lo)**u[..., 0]
     r = max_aspect**(2*u[..., 1] - 1)
     wh = torch.minimum(torch.stack([(a * r).sqrt(), (a / r).sqrt()], -1), torch.tensor([float(w), h]))
