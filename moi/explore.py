@@ -55,21 +55,29 @@ def draw_rows(
     plt.close(fig) # the caller shows it; otherwise a notebook would draw it twice
     return fig
 
-# %% ../nbs/10_explore.ipynb #83f08947
+# %% ../nbs/10_explore.ipynb #4c8814ca
 def draw_history(
-    history:dict[str, Sequence[float]], # `{name: one value a step}`
+    history:dict[str, Sequence[float]], # `{name: one value a step}`; shorter ones are grades, one a look
     title:str="", # Above the figure
     smooth:int=10 # Steps averaged into one point
-) -> Figure: # One curve for each loss, on a logarithmic axis
+) -> Figure: # One curve for each loss, on a logarithmic axis; grades as dots, on an axis of their own
     "How losses went"
     fig, ax = plt.subplots(figsize=(5, 2.2), dpi=80)
-    for name, values in history.items():
+    steps = max(map(len, history.values()))
+    losses = {k: v for k, v in history.items() if len(v) == steps}
+    grades = {k: v for k, v in history.items() if len(v) < steps}
+    for name, values in losses.items():
         v = torch.tensor(values)
         n = max(1, min(smooth, len(v)))
         v = v[:len(v) // n * n].view(-1, n).mean(1)
         ax.plot(torch.arange(len(v)) * n + n / 2, v, label=name)
     ax.set(yscale="log", xlabel="step", title=title)
     ax.legend(fontsize=7, ncols=2)
+    if grades:
+        right = ax.twinx()
+        for k, (name, values) in enumerate(grades.items()):
+            right.plot(torch.arange(1, len(values) + 1) * steps / len(values), values, f"{'os^v'[k % 4]}--k", ms=4, lw=.8, label=name)
+        right.legend(fontsize=7, loc="lower left")
     plt.close(fig)
     return fig
 
