@@ -26,8 +26,8 @@ PARAMS = Path("nbs/experiments/params")
 FILES = sorted((ROOT / PARAMS).glob("*.yaml"))
 DATA = {"name", "seed", "dataset", "data_root", "splits", "classes", "scenes", "size"}
 SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "distill_steps", "distill_lr", "batch", "shard"}
-SAMPLING = {"objects", "area", "max_aspect", "overlap", "soft_labels", "beta"}
-SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "pixels"}
+SAMPLING = {"objects", "area", "max_aspect", "box_prior", "overlap", "soft_labels", "beta"}
+SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "l2", "adapt", "rounds", "compete", "pixels"}
 KILLED = """
 import itertools, os, signal, sys
 from moi import distill, experiment, train
@@ -147,7 +147,7 @@ def test_the_result_says_how_it_came_about(finished):
         assert metrics["retention"][k] == kept
     assert all(s["seconds"] >= 0 for s in result["stages"].values())
     assert result["stages"]["transfer_set"]["images"] == 16
-    assert set(result["switches"]) == {"bn_prior", "inherited_heads", "inherited_body", "textures", "photographs"}
+    assert set(result["switches"]) == {"bn_prior", "inherited_heads", "inherited_body", "textures", "photographs", "recipe"}
     for part in result["capacity"].values():
         assert set(part) == {"body", "fpn", "rpn", "heads", "total"}
 
@@ -232,7 +232,7 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     assert len({r["weights"]["teacher"] for r in results.values()}) == 1
     assert {r["stages"]["transfer_set"]["images"] for r in results.values()} == {8}
     assert results["tiny-half-strict-s0"]["switches"] == {
-        "bn_prior": False, "inherited_heads": False, "inherited_body": False, "textures": False, "photographs": ""}
+        "bn_prior": False, "inherited_heads": False, "inherited_body": False, "textures": False, "photographs": "", "recipe": "moi"}
     assert results["tiny-half-real-s0"]["switches"]["photographs"] == "real"
     cell = results["tiny-same-moi-s0"]
     assert cell["capacity"]["student"] == cell["capacity"]["teacher"] and not cell["switches"]["inherited_body"]

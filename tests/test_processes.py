@@ -1,0 +1,122 @@
+"Several processes do the work of one, and a killed distillation goes on where it stood"
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "nbs/experiments/params/tiny.yaml"
+MORE = ("-p", "device", "cpu", "-p", "distill_steps", "8", "-p", "baselines", "[]")
+KILLED = """
+import itertools, os, signal, sys
+from moi import distill, experiment
+count, losses = itertools.count(1), distill.distill_losses
+def dies(*args, **kwargs):
+    if next(count) == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
+    return losses(*args, **kwargs)
+distill.distill_losses = dies
+experiment.main(sys.argv[2:])
+"""
+
+
+def layout(root, *, of=None, kinds=()):
+    "A folder to run in; of a finished one it takes some kinds of stages"
+    (root / "runs/stages").mkdir(parents=True)
+    shutil.copyfile(ROOT / "settings.ini", root / "settings.ini")
+    for kind in kinds:
+        for folder in (of / "runs/stages").glob(f"{kind}-*"): shutil.copytree(folder, root / "runs/stages" / folder.name)
+    return root
+
+
+def start(root, *words):
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=root, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stderr
+
+
+def on_two(root, *more):
+    "The experiment on two processes"
+    code, said = start(root, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+        "-m", "moi.experiment", "-f", TINY, *MORE, *more)
+    assert code == 0, said
+    result = json.loads((root / "runs/tiny/result.json").read_text())
+    assert result["device"]["processes"] == 2
+    return result
+
+
+def stage(root, kind):
+    "The only stage of a kind"
+    [folder] = (root / "runs/stages").glob(f"{kind}-*")
+    return folder
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "stage.json"}
+
+
+def history(root, kind): return json.loads((stage(root, kind) / "stage.json").read_text())["history"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    "What one process makes of it"
+    root = layout(tmp_path_factory.mktemp("alone"))
+    code, said = start(root, "-m", "moi.experiment", "-f", TINY, *MORE)
+    assert code == 0, said
+    return root
+
+
+def test_two_processes_paint_the_same_images_and_teach_the_same_student(alone, tmp_path):
+    root = layout(tmp_path, of=alone, kinds=["world", "teacher"])
+    on_two(root)
+    assert contents(stage(root, "transfer_set")) == contents(stage(alone, "transfer_set"))
+    ours, theirs = history(root, "student"), history(alone, "student")
+    assert list(ours) == list(theirs) and len(ours["feat"]) == 8
+    for name in ("feat", "rpn_cls", "rpn_box", "roi_cls", "roi_box", "distance"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_processes_train_a_teacher_and_one_writes_it(alone, tmp_path):
+    result = on_two(layout(tmp_path), "-p", "teacher_steps", "3")
+    assert not result["stages"]["teacher"]["reused"]
+    assert len(history(tmp_path, "teacher")["loss_classifier"]) == 3
+    assert sorted(p.name for p in stage(tmp_path, "teacher").iterdir()) == ["stage.json", "teacher.safetensors"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(alone, tmp_path):
+    root = layout(tmp_path, of=alone, kinds=["world", "teacher", "transfer_set"])
+    code, said = start(root, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
+        "-m", "moi.experiment", "-f", TINY, *MORE, "-p", "batch", 3)
+    assert code != 0 and "batch is 3; 2 processes can't share it" in said
+
+
+@pytest.mark.parametrize("call", [4, 7])
+def test_killed_in_distillation_it_ends_with_the_same_bits(call, alone, tmp_path):
+    root = layout(tmp_path, of=alone, kinds=["world", "teacher", "transfer_set"])
+    code, said = start(root, "-c", KILLED, call, "-f", TINY, *MORE)
+    assert code == -signal.SIGKILL, said
+    assert (stage(root, "student") / "training.pt").is_file()
+    code, said = start(root, "-m", "moi.experiment", "-f", TINY, *MORE)
+    assert code == 0, said
+    assert contents(stage(root, "student")) == contents(stage(alone, "student"))
+    assert history(root, "student") == history(alone, "student")
+
+
+def test_rounds_paint_more_after_a_first_student(alone, tmp_path):
+    root = layout(tmp_path, of=alone, kinds=["world", "teacher"])
+    code, said = start(root, "-m", "moi.experiment", "-f", TINY, *MORE, "-p", "rounds", 2)
+    assert code == 0, said
+    sets = {json.loads((f / "stage.json").read_text())["depends"]["round"]: f for f in (root / "runs/stages").glob("transfer_set-*")}
+    numbers = {k: {p.name for p in (f / "images").iterdir()} for k, f in sets.items()}
+    assert set(numbers) == {0, 1} and len(numbers[0]) == 12 and len(numbers[1]) == 16 and numbers[0] < numbers[1]
+    record = json.loads((sets[1] / "shards/0002.json").read_text())
+    assert "compete" in record["provenance"]["losses"]
+    assert (root / "runs/tiny/transfer_set").resolve() == sets[1].resolve()
