@@ -269,7 +269,7 @@ def engine(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     return (accelerator.device if accelerator.num_processes > 1 else device), accelerator
 
-# %% ../nbs/11_experiment.ipynb #30816359
+# %% ../nbs/11_experiment.ipynb #40c4d0e4
 def make_world(
     p:dict, # Parameters
     runs:Path # The folder `runs`
@@ -278,7 +278,7 @@ def make_world(
     if p["dataset"] != "street":
         root = _folder("data_root", p["data_root"], runs)
         return {k: p[k] for k in ("dataset", "data_root", "splits", "classes")}, {"seconds": 0., "reused": True, "root": str(root)}
-    depends = {k: p[k] for k in ("dataset", "scenes", "size", "seed")} | {"version": getattr(street, "VERSION", 1)}
+    depends = {k: p[k] for k in ("dataset", "scenes", "size", "seed")} | {"version": street.VERSION}
     def make(folder): street.write_street(folder/"world", tuple(p["size"]), *p["scenes"], seed=p["seed"])
     folder, record = stage(runs, "world", depends, make, engine(p)[1])
     return depends, record | {"root": str(folder/"world")}

@@ -265,3 +265,17 @@ def test_a_folder_of_ones_own_and_a_teacher_of_ones_own(dataset, write, tmp_path
     third = run(given | {"name": "wider", "teacher": str(teacher), "student_width": .25, "inherit_body": False}, tmp_path)
     assert not third["stages"]["student"]["reused"] and third["weights"]["teacher"] == first["weights"]["teacher"]
     assert teacher.is_file()
+
+
+def test_the_ablation_notebook_compares_levers_on_val(tmp_path):
+    root, notebook = layout(tmp_path), Path("nbs/experiments/ablation.ipynb")
+    given = {"params": "tiny", "levers": ["default", "pixels", "two rounds"], "seeds": [0], "impressions": 4, "textures": 4,
+        "distill_steps": 2, "numbers": [4, 8], "lengths": [1, 2], "device": "cpu", "out": "results"}
+    done = python("-m", "papermill", "--start-timeout", "600", ROOT / notebook, "runs/out.ipynb", "-y", json.dumps(given), cwd=root)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((root / "results/ablation.json").read_text())
+    assert set(result["rows"]) == set(given["levers"])
+    assert {k: list(v) for k, v in result["growth"].items()} == {"images": ["4", "8"], "steps": ["1", "2"]}
+    run = json.loads((root / "runs/tiny-ablation-default-s0/result.json").read_text())
+    assert result["rows"]["default"][0]["AP"] == run["metrics"]["val"]["student"]["AP"]
+    assert len({rows[0]["teacher"] for rows in result["rows"].values()}) == 1
