@@ -121,9 +121,10 @@ def shared_regions(
     anywhere = regions[:, -randoms:].repeat(1, -(-regions.shape[1] // randoms), 1)[:, :regions.shape[1]]
     return torch.where(empty, anywhere, regions)
 
-# %% ../nbs/09_distill.ipynb #dfe8d6bd
+# %% ../nbs/09_distill.ipynb #00dabe4c
 RECIPES = { # Weights and options of each recipe
     "moi": {"feat": 1., "rpn_cls": 1., "rpn_box": 1., "roi_cls": 1., "roi_box": 1.},
+    "regions": {"regions": 1., "rpn_cls": 1., "rpn_box": 1., "roi_cls": 1., "roi_box": 1.},
     "chen2017": {"hint": .5, "rpn_cls": 1., "roi_cls": 1., "hard": .5, "bounded": .5, "background": 1.5},
     "supervised": {"supervised": 1.},
 }

@@ -42,18 +42,18 @@ from .textures import make_textures
 from .train import best_device, step_seed, train_detector
 from .transfer_set import join_shards, open_transfer_set, shards_done, write_shard, write_whole
 
-# %% ../nbs/11_experiment.ipynb #4635324a
+# %% ../nbs/11_experiment.ipynb #758aceb8
 METHODS = { # What each method changes in a run's parameters
     "moi": {},
     "impressions": {"textures": 0},
     "strict": {"textures": 0, "bn_prior": 0., "inherit_heads": False, "inherit_body": False},
-    "diode": {"textures": 0, "bn_prior": 1., "pixels": True, "objects": [1, 1]},
+    "diode": {"textures": 0, "bn_prior": 10., "pixels": True, "objects": [1, 1]},
     "textures": {"impressions": 0},
     "noise": {"impressions": 0, "texture_kind": "noise"},
     "proxy": {"photographs": "proxy"},
     "real": {"photographs": "real"},
-    "supervised": {"photographs": "real", "recipe": "supervised"},
-    "chen2017": {"recipe": "chen2017"},
+    "supervised": {"photographs": "real", "recipe": "supervised", "freeze_heads": False},
+    "chen2017": {"recipe": "chen2017", "freeze_heads": False},
 }
 
 # %% ../nbs/11_experiment.ipynb #f33667d7
@@ -90,7 +90,7 @@ WORLD = {
     "size": Parameter([96, 96], "Input (height, width) in pixels of every detector and impression", 32, 4096, length=2),
 }
 
-# %% ../nbs/11_experiment.ipynb #643d6658
+# %% ../nbs/11_experiment.ipynb #4123a71a
 TEACHER = {
     "teacher": Parameter("", "A teacher saved by moi; none means that one is trained"),
     "backbone": Parameter("resnet18", "Teacher's backbone", choices=tuple(BACKBONES)),
@@ -100,16 +100,16 @@ TEACHER = {
     "head_channels": Parameter(256, "Channels of the box head's two layers", 4, 65536),
     "anchor": Parameter(12., "Smallest anchor's side in pixels; it doubles from level to level", 1, 1024),
     "proposals": Parameter(300, "Boxes of each level that enter the NMS of the RPN in training; a third leave it", 3, 10000),
-    "teacher_steps": Parameter(1100, "Steps of the teacher's training", 1),
+    "teacher_steps": Parameter(1000, "Steps of the teacher's training", 1),
     "teacher_lr": Parameter(.002, "AdamW's largest learning rate for the teacher", 0, 1),
     "teacher_views": Parameter(1., "How much the views that the teacher learns from differ; 0 is mirrors alone", 0, 2),
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
 }
 
-# %% ../nbs/11_experiment.ipynb #6c1bba2a
+# %% ../nbs/11_experiment.ipynb #a1af6e91
 TRANSFER_SET = {
-    "impressions": Parameter(64, "Number of impressions in the transfer set", 0, 10**7),
-    "textures": Parameter(64, "Number of procedural textures mixed in", 0, 10**7),
+    "impressions": Parameter(96, "Number of impressions in the transfer set", 0, 10**7),
+    "textures": Parameter(32, "Number of procedural textures mixed in", 0, 10**7),
     "texture_kind": Parameter("leaves", "What textures are: leaves (dead leaves) or noise (smooth noise)", choices=("leaves", "noise")),
     "photographs": Parameter("", "Instead of impressions and textures: real (training images) or proxy", choices=("", "real", "proxy")),
     "proxy_root": Parameter([], "Folders of unrelated photographs, each in a dataset's layout"),
@@ -124,7 +124,7 @@ TRANSFER_SET = {
     "synthesis_steps": Parameter(150, "Steps of the synthesis", 0),
     "synthesis_lr": Parameter(.05, "Adam's largest learning rate for the images", 0, 10),
     "tv": Parameter(1., "Weight of total variation", 0, 1e6),
-    "bn_prior": Parameter(1., "Weight of the BatchNorm prior; 0 leaves the teacher's moments unread", 0, 1e6),
+    "bn_prior": Parameter(10., "Weight of the BatchNorm prior; 0 leaves the teacher's moments unread", 0, 1e6),
     "l2": Parameter(0., "Weight of the distance from grey", 0, 1e6),
     "adapt": Parameter(0, "Steps of the synthesis after which targets are adapted to what the teacher sees; 0 keeps them", 0),
     "rounds": Parameter(1, "Rounds; in a later one impressions seek what the student of the one before does not know", 1, 100),
@@ -133,11 +133,12 @@ TRANSFER_SET = {
     "shard": Parameter(32, "Impressions painted together, and written together", 1, 4096),
 }
 
-# %% ../nbs/11_experiment.ipynb #021b0d01
+# %% ../nbs/11_experiment.ipynb #cca4a08d
 STUDENT = {
     "student_backbone": Parameter("", "Student's backbone; none means the teacher's", choices=("", *BACKBONES)),
     "student_width": Parameter(.25, "Channel multiplier of the student's backbone", .125, 4),
     "inherit_heads": Parameter(True, "Start the student's RPN and box head from the teacher's"),
+    "freeze_heads": Parameter(True, "Leave inherited heads as they are"),
     "inherit_body": Parameter(True, "Start the student's backbone and pyramid from the teacher's most important channels"),
     "recipe": Parameter("moi", "What the student follows: a recipe of moi.distill", choices=tuple(RECIPES)),
     "mix": Parameter(.5, "Share of the views into which a rectangle of another is pasted", 0, 1),
@@ -475,7 +476,7 @@ def _folder_and_split(root, runs): # "folder" or "folder:split", from the workin
         if not folder: raise
         return _folder("proxy_root", folder, runs), split
 
-# %% ../nbs/11_experiment.ipynb #022714b5
+# %% ../nbs/11_experiment.ipynb #bf387e0d
 def make_student(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -486,8 +487,8 @@ def make_student(
     "Distil a student on a transfer set"
     device, accelerator = engine(p)
     teacher = load_detector(teacher_file, device)
-    used = ("backbone", "student_backbone", "student_width", "fpn_channels", "head_channels", "proposals", "inherit_heads", "inherit_body",
-            "recipe", "mix", "held_out", "distill_steps", "distill_lr", "ema", "batch", "rounds", "precision", "seed")
+    used = ("backbone", "student_backbone", "student_width", "fpn_channels", "head_channels", "proposals", "inherit_heads", "freeze_heads",
+            "inherit_body", "recipe", "mix", "held_out", "distill_steps", "distill_lr", "ema", "batch", "rounds", "precision", "seed")
     depends = {"teacher": weights_hash(teacher), "transfer_set": transfer[1]["depends"]} | {k: p[k] for k in used}
     if before: depends["before"] = weights_hash(load_detector(before))
     def make(folder):
@@ -497,6 +498,8 @@ def make_student(
         if p["inherit_heads"]: inherit_heads(student, teacher)
         if p["inherit_body"]: inherit_body(student, teacher)
         if before: student = load_detector(before)
+        if p["inherit_heads"] and p["freeze_heads"]:
+            for part in (student.rpn, student.roi_heads): part.requires_grad_(False)
         images = Resized(open_transfer_set(transfer[0]), tuple(p["size"]), cache=True)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(step_seed(p["seed"], 4))).tolist()
         held = min(p["held_out"], len(images) // 4)
@@ -597,7 +600,7 @@ def measure(
     kept = lambda k: metrics["student"][k] / metrics["teacher"][k] if metrics["teacher"][k] else None
     return metrics | {"retention": {k: kept(k) for k in ("AP", "AP50")}}
 
-# %% ../nbs/11_experiment.ipynb #582f88c9
+# %% ../nbs/11_experiment.ipynb #0612eaa7
 def about(
     p:dict, # Parameters
     teacher:Path, # The teacher's file
@@ -605,7 +608,8 @@ def about(
 ) -> dict: # `capacity`, `weights` (a hash of each), `switches`
     "What was compared, and under which conditions"
     detectors = {"teacher": load_detector(teacher), "student": load_detector(student)}
-    switches = {"bn_prior": p["bn_prior"] > 0, "inherited_heads": p["inherit_heads"], "inherited_body": p["inherit_body"],
+    switches = {"bn_prior": p["bn_prior"] > 0, "inherited_heads": p["inherit_heads"],
+        "frozen_heads": p["inherit_heads"] and p["freeze_heads"], "inherited_body": p["inherit_body"],
         "textures": p["textures"] > 0, "photographs": p["photographs"], "recipe": p["recipe"]}
     return {"capacity": {k: capacity(d) for k, d in detectors.items()}, "switches": switches,
             "weights": {k: weights_hash(d) for k, d in detectors.items()}}
