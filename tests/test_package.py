@@ -20,7 +20,7 @@ IMPORT_ALL = """
 import importlib, sys
 from importlib.machinery import PathFinder
 
-class Hide:
+class Hide(PathFinder):
     "Finds modules as Python does, but for the unwanted ones, which are then as if never installed"
     @staticmethod
     def find_spec(name, path=None, target=None):
