@@ -1,0 +1,80 @@
+"Pairs of teacher and student that users bring, recipes, and what a run's student keeps"
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from torchvision.models.detection import FasterRCNN, fasterrcnn_mobilenet_v3_large_fpn
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from moi.detector import build_detector, load_detector, weights_hash
+from moi.distill import RECIPES, check_pair, distill
+from moi.experiment import read_parameters, run
+from moi.pseudo_targets import sample_targets
+
+SIZE = (64, 96)
+ANCHORS = {"size": SIZE, "anchor_sizes": (32, 64, 128, 256, 512), "head_channels": 32}  # torchvision's anchors
+PLAIN = {"num_classes": 3, "min_size": 64, "max_size": 96}
+
+
+class Images(Dataset):
+    "Four random images with pseudo-targets"
+    def __init__(self):
+        g = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (4, 3, *SIZE), generator=g, dtype=torch.uint8)
+        self.targets = sample_targets(4, SIZE, 2, generator=g)
+    def __len__(self): return 4
+    def __getitem__(self, i): return self.images[i], self.targets[i]
+
+
+def learns(student, teacher, **more):
+    "Two steps: finite losses, a changed student, an unchanged teacher; what the history holds"
+    before, started = weights_hash(teacher), weights_hash(student)
+    history = distill(student, teacher, Images(), steps=2, batch=4, progress="", **more)
+    assert all(torch.tensor(v).isfinite().all() for v in history.values())
+    assert weights_hash(teacher) == before and weights_hash(student) != started
+    return history
+
+
+@pytest.fixture(scope="module")
+def users():
+    "A detector of torchvision's own parts, with moments that cannot move, as its pretrained ones have"
+    torch.manual_seed(0)
+    detector = FasterRCNN(resnet_fpn_backbone(backbone_name="resnet50", weights=None), **PLAIN)
+    for p in detector.backbone.parameters(): p.data.mul_(.5) # without moments of its own an untrained body would overflow
+    return detector.eval()
+
+
+def test_a_detector_that_torchvision_built_teaches_a_narrower_pyramid(users):
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in users.modules())
+    learns(build_detector(["a", "b"], width=.125, fpn_channels=16, **ANCHORS), users)
+
+
+def test_a_mobilenet_learns_from_a_resnet50(users):
+    learns(build_detector(["a", "b"], "mobilenet_v3_large", .5, fpn_channels=16, **ANCHORS), users, held_out=Images(), every=1)
+
+
+def test_other_levels_are_refused_in_a_sentence(users):
+    other = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, **PLAIN)
+    with pytest.raises(ValueError, match=r"this teacher can't teach this student: pyramid levels \(height, width\)"):
+        check_pair(build_detector(["a", "b"], width=.125, fpn_channels=16, **ANCHORS), other, SIZE)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs(recipe):
+    torch.manual_seed(0)
+    teacher = build_detector(["a", "b"], width=.25, fpn_channels=16, **ANCHORS)
+    history = learns(build_detector(["a", "b"], width=.125, fpn_channels=16, **ANCHORS), teacher, recipe=recipe)
+    assert ("hint" in history) == (recipe == "chen2017") and ("loss_classifier" in history) == (recipe == "supervised")
+
+
+def test_heads_that_are_frozen_stay_the_teachers(tmp_path):
+    "In a run, and in bfloat16"
+    tiny = read_parameters(Path(__file__).parents[1] / "nbs/experiments/params/tiny.yaml")
+    result = run(tiny | {"device": "cpu", "baselines": [], "precision": "bf16"}, tmp_path)
+    assert result["switches"]["frozen_heads"]
+    teacher, student = (load_detector(tmp_path / "tiny" / f"{n}.safetensors").state_dict() for n in ("teacher", "student"))
+    heads = [k for k in student if k.startswith(("rpn", "roi_heads"))]
+    assert heads and all(torch.equal(student[k], teacher[k]) for k in heads)
+    assert all(v.isfinite().all() for v in student.values())
