@@ -106,9 +106,9 @@ TEACHER = {
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
 }
 
-# %% ../nbs/11_experiment.ipynb #a1af6e91
+# %% ../nbs/11_experiment.ipynb #ab10e0fd
 TRANSFER_SET = {
-    "impressions": Parameter(96, "Number of impressions in the transfer set", 0, 10**7),
+    "impressions": Parameter(64, "Number of impressions in the transfer set", 0, 10**7),
     "textures": Parameter(32, "Number of procedural textures mixed in", 0, 10**7),
     "texture_kind": Parameter("leaves", "What textures are: leaves (dead leaves) or noise (smooth noise)", choices=("leaves", "noise")),
     "photographs": Parameter("", "Instead of impressions and textures: real (training images) or proxy", choices=("", "real", "proxy")),
