@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PARTS', 'feature_loss', 'region_loss', 'hint_loss', 'class_loss', 'box_loss', 'rpn_losses',
-           'bounded_box_loss', 'shared_regions', 'distill_losses', 'paste', 'agreement_judge', 'check_pair', 'distill',
-           'check_recipe']
+           'bounded_box_loss', 'shared_regions', 'distill_losses', 'paste', 'random_views', 'agreement_judge',
+           'check_pair', 'distill', 'check_recipe']
 
 # %% ../nbs/09_distill.ipynb #350ede8e
 from collections.abc import Callable, Mapping, Sequence
@@ -211,6 +211,24 @@ def paste(
     return (torch.where(inside, images[other], images), torch.cat([boxes, theirs.clamp(min=0)], 1),
         torch.cat([ours, labels[other] * shown], 1))
 
+# %% ../nbs/09_distill.ipynb #cf753370
+def random_views(
+    images:Tensor, # `float32[B,3,H,W]` in [0,1]
+    boxes:Tensor, # `[B,N,4]`
+    labels:Tensor, # `[B,N]`, 0 where there is no object
+    generator:torch.Generator, # Randomness, on the CPU
+    scale:tuple[float,float]=(.6, 1.6), # Range of the views' scale
+    mix:float=.5 # Share of the views into which a rectangle of another is pasted
+) -> tuple[Tensor, Tensor, Tensor]: # Of the same shapes; objects beyond the first `N` that a view shows are left out
+    "What teacher and student see in a step"
+    n, affine = labels.shape[1], random_affine(len(images), generator, scale=scale).to(images.device)
+    images = random_colour(view(images, affine, "reflection"), generator)
+    boxes, labels = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
+    if not mix: return images, boxes, labels
+    images, boxes, labels = paste(images, boxes, labels, generator, mix)
+    first = (labels == 0).int().argsort(dim=1, stable=True)[:, :n]
+    return images, boxes.gather(1, first[..., None].expand(-1, -1, 4)), labels.gather(1, first)
+
 # %% ../nbs/09_distill.ipynb #9cb517ac
 def agreement_judge(
     teacher:nn.Module, # In evaluation mode
@@ -252,7 +270,7 @@ def check_pair(
             what, ours, theirs = f"{what} at level {level}", ours[level], theirs[level]
         raise ValueError(f"this teacher can't teach this student: {what}: {ours} in the student, {theirs} in the teacher")
 
-# %% ../nbs/09_distill.ipynb #c1c2bc59
+# %% ../nbs/09_distill.ipynb #5a731a45
 def distill(
     student:nn.Module, # Trained in place, on its own device
     teacher:nn.Module, # On the same device; left as it is
@@ -280,15 +298,9 @@ def distill(
     adapt = nn.Conv2d(c_s, c_t, 1).to(device) if c_s != c_t or w.get("hint") else None
     data = step_loader(dataset, batch, steps, seed, workers, loop.get("accelerator"))
     def losses(batch, generator):
-        images, (boxes, labels) = batch[0].to(device).float() / 255, pad_targets(batch[1], objects, device)
-        affine = random_affine(len(images), generator, scale=scale).to(device)
-        images = random_colour(view(images, affine, "reflection"), generator)
-        boxes, labels = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
-        if mix:
-            images, boxes, labels = paste(images, boxes, labels, generator, mix)
-            first = (labels == 0).int().argsort(dim=1, stable=True)[:, :objects] # shapes stay as they were
-            boxes, labels = boxes.gather(1, first[..., None].expand(-1, -1, 4)), labels.gather(1, first)
-        return distill_losses(student, teacher, images, boxes, labels, generator, w, adapt=adapt)
+        images = batch[0].to(device).float() / 255
+        seen = random_views(images, *pad_targets(batch[1], objects, device), generator, scale, mix)
+        return distill_losses(student, teacher, *seen, generator, w, adapt=adapt)
     student.train()
     for m in student.modules():
         if hold_moments and isinstance(m, nn.BatchNorm2d): m.eval()

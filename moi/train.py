@@ -159,7 +159,7 @@ def best_device(
     if name != "auto": return torch.device(name)
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
-# %% ../nbs/03_train.ipynb #6651a94f
+# %% ../nbs/03_train.ipynb #a29ea815
 def fit(
     model:nn.Module, # Trained in place, on its own device; holds the averaged weights at the end where `ema` is given
     losses:Callable, # `losses(batch, generator)` gives `{name: scalar tensor}`, whose sum is minimised
@@ -179,8 +179,7 @@ def fit(
 ) -> dict[str, list[float]]: # `{name: one value a step}` for each loss, and one a look for each of `judge`'s grades
     "Minimise the sum of `losses` over `data`"
     module = Together(model, extra, losses)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
+    optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr, weight_decay=weight_decay, fused=True)
     averaged = AveragedModel(model, multi_avg_fn=_growing_average(ema), use_buffers=True) if ema else None
     kept = averaged.module if ema else model
     state = {"step": 0, "history": {}, "best": None}
@@ -191,27 +190,32 @@ def fit(
     with seeded_steps(seed, accelerator) as reseed:
         for step, batch in enumerate(bar, state["step"]):
             parts = together(batch, reseed(step))
-            total = sum(parts.values())
-            if not torch.isfinite(total):
-                listed = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
-                raise FloatingPointError(f"step {step}: the loss is {total.item()}: {listed}")
-            for group in optimiser.param_groups: group["lr"] = lr * cosine(step, steps)
-            optimiser.zero_grad()
-            total.backward()
-            nn.utils.clip_grad_norm_(parameters, clip)
-            optimiser.step()
+            _descend(optimiser, parts, step, lr * cosine(step, steps), clip)
             if averaged is not None: averaged.update_parameters(model)
             for k, v in parts.items(): history.setdefault(k, []).append(everywhere(v.detach(), -torch.inf).item())
             if (step + 1) % every and step + 1 < steps: continue
-            if judge:
-                grades = judge(kept)
-                for k, v in grades.items(): history.setdefault(k, []).append(v)
-                first = history[next(iter(grades))]
-                if first[-1] >= max(first): best = {k: v.clone() for k, v in kept.state_dict().items()}
+            if judge: best = _better(judge(kept), history, kept, best)
             if checkpoint and (not accelerator or accelerator.is_main_process):
                 save_state(checkpoint, module, optimiser, averaged, {"step": step + 1, "history": history, "best": best})
     if judge or averaged is not None: model.load_state_dict(best if judge else kept.state_dict())
     return history
+
+# %% ../nbs/03_train.ipynb #3aa8ca38
+def _descend(optimiser, parts, step, rate, clip): # one step down the sum of the losses `parts`
+    total = sum(parts.values())
+    if not torch.isfinite(total):
+        listed = ", ".join(f"{k} {v.item():.4g}" for k, v in parts.items())
+        raise FloatingPointError(f"step {step}: the loss is {total.item()}: {listed}")
+    for group in optimiser.param_groups: group["lr"] = rate
+    optimiser.zero_grad()
+    total.backward()
+    nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+    optimiser.step()
+
+def _better(grades, history, model, best): # notes the grades; the weights of `model` where none had a better first grade, else `best`
+    for k, v in grades.items(): history.setdefault(k, []).append(v)
+    first = history[next(iter(grades))]
+    return {k: v.clone() for k, v in model.state_dict().items()} if first[-1] >= max(first) else best
 
 # %% ../nbs/03_train.ipynb #fe0d0312
 class Together(nn.Module):
