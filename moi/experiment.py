@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'WORLD', 'TEACHER', 'TRANSFER_SET', 'STUDENT', 'PARAMETERS', 'as_method', 'Parameter', 'check_parameter',
-           'check_parameters', 'notebook_parameters', 'find_runs', 'stage', 'is_main', 'engine', 'make_world',
-           'open_split', 'make_teacher', 'save_trained', 'new_detector', 'make_transfer_set', 'shards_of',
+           'check_parameters', 'notebook_parameters', 'find_runs', 'stage', 'is_main', 'engine', 'compiled',
+           'make_world', 'open_split', 'make_teacher', 'save_trained', 'new_detector', 'make_transfer_set', 'shards_of',
            'paint_shard', 'invent', 'texture_shard', 'take_photographs', 'make_student', 'compress', 'score', 'run',
            'measure', 'about', 'link', 'surroundings', 'read_parameters', 'main']
 
@@ -133,7 +133,7 @@ TRANSFER_SET = {
     "shard": Parameter(32, "Impressions painted together, and written together", 1, 4096),
 }
 
-# %% ../nbs/11_experiment.ipynb #cca4a08d
+# %% ../nbs/11_experiment.ipynb #963afa0b
 STUDENT = {
     "student_backbone": Parameter("", "Student's backbone; none means the teacher's", choices=("", *BACKBONES)),
     "student_width": Parameter(.25, "Channel multiplier of the student's backbone", .125, 4),
@@ -148,6 +148,8 @@ STUDENT = {
     "distill_lr": Parameter(.002, "AdamW's largest learning rate for the student", 0, 1),
     "ema": Parameter(.99, "Decay of the moving average of the student's weights a step", 0, .99999),
     "precision": Parameter("no", "Mixed precision: no, or bf16 wherever that is safe", choices=("no", "bf16")),
+    "compile": Parameter("", "torch.compile's backend for the backbones: none, inductor (minutes at first) or aot_eager",
+        choices=("", "inductor", "aot_eager")),
     "baselines": Parameter(["textures"], "Methods to compare with: as many images, distilled the same way", choices=tuple(METHODS)),
 }
 PARAMETERS = WORLD | TEACHER | TRANSFER_SET | STUDENT
@@ -270,6 +272,15 @@ def engine(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     return (accelerator.device if accelerator.num_processes > 1 else device), accelerator
 
+# %% ../nbs/11_experiment.ipynb #76ad67aa
+def compiled(
+    detector, # Any torchvision Faster R-CNN
+    p:dict # `compile`: a backend of torch.compile, or none
+): # The detector; its weights keep their names
+    "Have the backbone compiled at its first use, where a run asks for it: the rest of a step is not worth the minutes"
+    if p["compile"]: detector.backbone.compile(backend=p["compile"])
+    return detector
+
 # %% ../nbs/11_experiment.ipynb #40c4d0e4
 def make_world(
     p:dict, # Parameters
@@ -300,7 +311,7 @@ def open_split(
     reader = {"street": KITTIDataset, "kitti": KITTIDataset, "voc": VOCDataset, "coco": COCODataset}[p["dataset"]]
     return reader(root, p["splits"][split], p["classes"] or None)
 
-# %% ../nbs/11_experiment.ipynb #1ae4ee31
+# %% ../nbs/11_experiment.ipynb #380bfbbf
 def make_teacher(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -315,13 +326,13 @@ def make_teacher(
         _smaller(p, given["width"])
         return Path(p["teacher"]), {"seconds": 0., "reused": True, "history": {}}
     used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor", "proposals",
-            "teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "precision", "seed")
+            "teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "precision", "compile", "seed")
     device, accelerator = engine(p)
     def make(folder):
         images = Resized(open_split(p, world[1]["root"], 0), tuple(p["size"]), cache=True)
         torch.manual_seed(step_seed(p["seed"], 1))
         teacher = new_detector(p, images.classes, p["backbone"], p["teacher_width"], p["weights"]).to(device)
-        history = train_detector(teacher, images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], seed=p["seed"],
+        history = train_detector(compiled(teacher, p), images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], seed=p["seed"],
             views=p["teacher_views"], checkpoint=folder/"training.pt", accelerator=accelerator)
         if is_main(accelerator): save_trained(teacher, folder/"teacher.safetensors")
         return {"history": history}
@@ -351,7 +362,7 @@ def new_detector(
     return build_detector(classes, backbone, width, p["size"], p["fpn_channels"], p["head_channels"], anchors, p["proposals"],
         roi_samples=48, weights=weights)
 
-# %% ../nbs/11_experiment.ipynb #b3429eed
+# %% ../nbs/11_experiment.ipynb #ac39b9b1
 def make_transfer_set(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -361,9 +372,10 @@ def make_transfer_set(
 ) -> tuple[Path, dict]: # The stage's folder, which holds the transfer set, and its record
     "Paint impressions, draw textures, write them down"
     device, accelerator = engine(p)
-    teacher, student = load_detector(teacher_file, device), load_detector(before[1], device) if before else None
+    teacher = compiled(load_detector(teacher_file, device), p)
+    student = compiled(load_detector(before[1], device), p) if before else None
     used = ("objects", "area", "max_aspect", "box_prior", "overlap", "soft_labels", "beta", "synthesis_steps", "synthesis_lr", "tv",
-            "bn_prior", "l2", "adapt", "pixels", "shard", "precision")
+            "bn_prior", "l2", "adapt", "pixels", "shard", "precision", "compile")
     depends = {k: p[k] for k in ("impressions", "textures", "texture_kind", "seed")}
     depends |= {k: teacher.config[k] for k in ("size", "classes")}
     if p["impressions"]: depends |= {"teacher": weights_hash(teacher)} | {k: p[k] for k in used}
@@ -476,7 +488,7 @@ def _folder_and_split(root, runs): # "folder" or "folder:split", from the workin
         if not folder: raise
         return _folder("proxy_root", folder, runs), split
 
-# %% ../nbs/11_experiment.ipynb #bf387e0d
+# %% ../nbs/11_experiment.ipynb #b5ea9498
 def make_student(
     p:dict, # Parameters
     runs:Path, # The folder `runs`
@@ -486,9 +498,9 @@ def make_student(
 ) -> tuple[Path, dict]: # The student's file, and the stage's record
     "Distil a student on a transfer set"
     device, accelerator = engine(p)
-    teacher = load_detector(teacher_file, device)
+    teacher = compiled(load_detector(teacher_file, device), p)
     used = ("backbone", "student_backbone", "student_width", "fpn_channels", "head_channels", "proposals", "inherit_heads", "freeze_heads",
-            "inherit_body", "recipe", "mix", "held_out", "distill_steps", "distill_lr", "ema", "batch", "rounds", "precision", "seed")
+            "inherit_body", "recipe", "mix", "held_out", "distill_steps", "distill_lr", "ema", "batch", "rounds", "precision", "compile", "seed")
     depends = {"teacher": weights_hash(teacher), "transfer_set": transfer[1]["depends"]} | {k: p[k] for k in used}
     if before: depends["before"] = weights_hash(load_detector(before))
     def make(folder):
@@ -504,7 +516,7 @@ def make_student(
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(step_seed(p["seed"], 4))).tolist()
         held = min(p["held_out"], len(images) // 4)
         steps = -(-p["distill_steps"] // p["rounds"])
-        history = distill(student.to(device), teacher, Subset(images, order[held:]), steps, p["batch"], p["distill_lr"], p["ema"],
+        history = distill(compiled(student.to(device), p), teacher, Subset(images, order[held:]), steps, p["batch"], p["distill_lr"], p["ema"],
             p["seed"], p["recipe"], p["mix"], hold_moments=p["inherit_body"], held_out=Subset(images, order[:held]) if held else None,
             every=-(-steps // 8), checkpoint=folder/"training.pt", accelerator=accelerator)
         if is_main(accelerator): save_trained(student, folder/"student.safetensors")

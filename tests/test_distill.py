@@ -78,3 +78,12 @@ def test_heads_that_are_frozen_stay_the_teachers(tmp_path):
     heads = [k for k in student if k.startswith(("rpn", "roi_heads"))]
     assert heads and all(torch.equal(student[k], teacher[k]) for k in heads)
     assert all(v.isfinite().all() for v in student.values())
+
+
+def test_compiled_backbones_give_the_same_run(tmp_path):
+    "Up to the order of sums, which a few steps of AdamW enlarge; aot_eager, which needs no compiler of C++"
+    tiny = read_parameters(Path(__file__).parents[1] / "nbs/experiments/params/tiny.yaml") | {"device": "cpu", "baselines": []}
+    plain, compiled = (run(tiny | {"name": n, "compile": c}, tmp_path)["history"] for n, c in (("plain", ""), ("compiled", "aot_eager")))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3 # teacher in training, teacher asked, student in training
+    for who, losses in plain.items():
+        for name, values in losses.items(): assert compiled[who][name] == pytest.approx(values, rel=1e-2, abs=1e-4), (who, name)
