@@ -130,14 +130,14 @@ class GatherRoIAlign(MultiScaleRoIAlign):
         out = _WeightedSum.apply(table, index.reshape(-1, k * k), weight.to(table.dtype).reshape(-1, k * k))
         return out.view(-1, bins, bins, table.shape[1]).permute(0, 3, 1, 2)                         # channels stay last in memory
 
-# %% ../nbs/02_detector.ipynb #005999c6
+# %% ../nbs/02_detector.ipynb #7501ceea
 class ChannelsLastMLPHead(TwoMLPHead):
-    "torchvision's box head; regions whose channels are last in memory are not turned around, its first weights are"
+    "torchvision's box head; of many regions whose channels are last in memory it turns its first weights around instead of the regions"
     def forward(self,
         x:Tensor # `[R,C,7,7]`
     ) -> Tensor: # `[R,head_channels]`
         "Two fully connected layers over each region"
-        if not x.is_contiguous(memory_format=torch.channels_last): return super().forward(x)
+        if len(x) < len(self.fc6.weight) or not x.is_contiguous(memory_format=torch.channels_last): return super().forward(x)
         weight = self.fc6.weight.unflatten(1, x.shape[1:]).permute(0, 2, 3, 1).flatten(1)
         hidden = nn.functional.linear(x.permute(0, 2, 3, 1).flatten(1), weight, self.fc6.bias).relu()
         return self.fc7(hidden).relu()
@@ -270,7 +270,7 @@ def anchors_of(
     padded = levels[0].new_empty((1, 3, *(n + (-n) % divisible for n in size)))
     return detector.rpn.anchor_generator(ImageList(padded, [tuple(size)]), [level[:1] for level in levels])[0]
 
-# %% ../nbs/02_detector.ipynb #eddf6330
+# %% ../nbs/02_detector.ipynb #1c0fef5b
 def rpn_outputs_at(
     detector:nn.Module, # Any torchvision `GeneralizedRCNN` with an RPN
     view:OrderedDict, # From `features`
@@ -284,16 +284,16 @@ def rpn_outputs_at(
     conv, shape = head.conv[0][0], torch.tensor([f.shape[-2:] for f in levels], device=index.device)
     level, y, x, kind = _place(detector, shape, index)
     h, w = shape[level].unbind(-1)
-    first = nn.functional.pad((len(index) * shape.prod(1)).cumsum(0), (1, 0)) # a level's first cell; the last is behind all
-    first, behind = first[level], first[-1]
     dy, dx = torch.arange(-1, 2, device=index.device).view(3, 1), torch.arange(-1, 2, device=index.device)
-    y, x, h, w, first = (v[..., None, None] for v in (y, x, h, w, first))
+    y, x, h, w, level = (v[..., None, None] for v in (y, x, h, w, level))
     image = torch.arange(len(index), device=index.device).view(-1, 1, 1, 1)
     inside = (y + dy >= 0) & (y + dy < h) & (x + dx >= 0) & (x + dx < w)
-    cell = torch.where(inside, first + (image * h + y + dy) * w + x + dx, behind)                   # [B,n,3,3]
-    table = nn.functional.pad(_table(levels), (0, 0, 0, 1))
-    windows = nn.functional.embedding(cell.flatten(2), table).flatten(2)                            # [B,n,9*C]
-    hidden = nn.functional.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).relu()
+    cell, windows = (image * h + y + dy) * w + x + dx, 0.
+    for i, f in enumerate(levels): # a table of them all would be a copy of the pyramid, and its gradient another
+        here = (inside & (level == i)).flatten(2)                                                   # [B,n,9]
+        cells = nn.functional.embedding(torch.where(here, cell.flatten(2), 0), f.permute(0, 2, 3, 1).flatten(0, 2))
+        windows = windows + cells * here[..., None]                                                 # [B,n,9,C]
+    hidden = nn.functional.linear(windows.flatten(2), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias).relu()
     objectness = nn.functional.linear(hidden, head.cls_logits.weight.flatten(1), head.cls_logits.bias)
     deltas = nn.functional.linear(hidden, head.bbox_pred.weight.flatten(1), head.bbox_pred.bias).unflatten(-1, (-1, 4))
     return objectness.gather(2, kind[..., None]).squeeze(2), deltas.gather(2, kind[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
