@@ -500,7 +500,8 @@ def make_student(
     device, accelerator = engine(p)
     teacher = compiled(load_detector(teacher_file, device), p)
     used = ("backbone", "student_backbone", "student_width", "fpn_channels", "head_channels", "proposals", "inherit_heads", "freeze_heads",
-            "inherit_body", "recipe", "mix", "held_out", "distill_steps", "distill_lr", "ema", "batch", "rounds", "precision", "compile", "seed")
+        "inherit_body", "recipe", "mix", "held_out", "distill_steps", "distill_lr", "ema", "batch", "rounds",
+        "precision", "compile", "seed")
     depends = {"teacher": weights_hash(teacher), "transfer_set": transfer[1]["depends"]} | {k: p[k] for k in used}
     if before: depends["before"] = weights_hash(load_detector(before))
     def make(folder):
@@ -516,9 +517,10 @@ def make_student(
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(step_seed(p["seed"], 4))).tolist()
         held = min(p["held_out"], len(images) // 4)
         steps = -(-p["distill_steps"] // p["rounds"])
-        history = distill(compiled(student.to(device), p), teacher, Subset(images, order[held:]), steps, p["batch"], p["distill_lr"], p["ema"],
-            p["seed"], p["recipe"], p["mix"], hold_moments=p["inherit_body"], held_out=Subset(images, order[:held]) if held else None,
-            every=-(-steps // 8), checkpoint=folder/"training.pt", accelerator=accelerator)
+        history = distill(compiled(student.to(device), p), teacher, Subset(images, order[held:]), steps, p["batch"], p["distill_lr"],
+            p["ema"], p["seed"], p["recipe"], p["mix"], hold_moments=p["inherit_body"],
+            held_out=Subset(images, order[:held]) if held else None, every=-(-steps // 8),
+            checkpoint=folder/"training.pt", accelerator=accelerator)
         if is_main(accelerator): save_trained(student, folder/"student.safetensors")
         return {"history": history}
     folder, record = stage(runs, "student", depends, make, accelerator, shared=True)

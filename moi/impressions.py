@@ -267,7 +267,7 @@ def impression_losses(
     take = lambda x, i: x.gather(1, i[..., None].expand(-1, -1, x.shape[-1]))
     chosen, which = take(found, index), which.gather(1, index)
     logits, deltas = roi_outputs(detector, pyramid, chosen, size)
-    losses = rpn_loss(*rpn_outputs_at(detector, pyramid, some), towards, asked) # last asked, first in the backward pass: it costs one copy less
+    losses = rpn_loss(*rpn_outputs_at(detector, pyramid, some), towards, asked) # asked last: one copy less on the way back
     if student is not None:
         losses["compete"] = 1 - disagreement(roi_outputs(student, features(student, images), chosen, size)[0], logits)
     if soft is not None:
