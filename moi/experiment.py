@@ -104,6 +104,7 @@ TEACHER = {
     "teacher_lr": Parameter(.002, "AdamW's largest learning rate for the teacher", 0, 1),
     "teacher_views": Parameter(1., "How much the views that the teacher learns from differ; 0 is mirrors alone", 0, 2),
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
+    "teacher_ema": Parameter(0., "Decay of the moving average of the teacher's weights a step; 0 for none", 0, .99999),
 }
 
 # %% ../nbs/11_experiment.ipynb #ab10e0fd
@@ -326,14 +327,15 @@ def make_teacher(
         _smaller(p, given["width"])
         return Path(p["teacher"]), {"seconds": 0., "reused": True, "history": {}}
     used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor", "proposals",
-            "teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "precision", "compile", "seed")
+            "teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "precision",
+            "compile", "seed")
     device, accelerator = engine(p)
     def make(folder):
         images = Resized(open_split(p, world[1]["root"], 0), tuple(p["size"]), cache=True)
         torch.manual_seed(step_seed(p["seed"], 1))
         teacher = new_detector(p, images.classes, p["backbone"], p["teacher_width"], p["weights"]).to(device)
-        history = train_detector(compiled(teacher, p), images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], seed=p["seed"],
-            views=p["teacher_views"], checkpoint=folder/"training.pt", accelerator=accelerator)
+        history = train_detector(compiled(teacher, p), images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], p["teacher_ema"],
+            p["seed"], p["teacher_views"], checkpoint=folder/"training.pt", accelerator=accelerator)
         if is_main(accelerator): save_trained(teacher, folder/"teacher.safetensors")
         return {"history": history}
     folder, record = stage(runs, "teacher", {"world": world[0]} | {k: p[k] for k in used}, make, accelerator, shared=True)
