@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from . import street
 from .data import DetectionDataset, KITTIDataset, Resized, VOCDataset, COCODataset, open_dataset
 from .detector import BACKBONES, build_detector, capacity, inherit_body, inherit_heads, load_detector, save_detector, weights_hash
-from .distill import RECIPES, distill
+from .distill import LABELLED, RECIPES, distill
 from .evaluate import coco_ap, predict, voc_ap
 from .impressions import adapt_targets, synthesise
 from .pseudo_targets import class_similarity, preferred_targets, sample_targets
@@ -202,12 +202,17 @@ def check_parameters(
         raise ValueError("parameters 'impressions' and 'textures' are both 0; a student needs images")
     if (p["photographs"] == "proxy" or "proxy" in p["baselines"]) and not p["proxy_root"]:
         raise ValueError("parameter 'proxy_root' is empty; the method 'proxy' needs a folder of photographs")
+    if "proxy" in (p["photographs"], *p["baselines"]) and _labelled(p["recipe"]):
+        raise ValueError(f"parameter 'recipe' is {p['recipe']!r}, which learns from labels; unrelated photographs have none of these classes")
     if not p["teacher"]: _smaller(p, p["teacher_width"])
     if p["impressions"] and p["objects"][1] < 1:
         raise ValueError(f"parameter 'objects' is {p['objects']}; the most must be at least 1")
     return p
 
 # %% ../nbs/11_experiment.ipynb #c0d2b791
+def _labelled(recipe): # does a recipe learn from labels?
+    return any(RECIPES[recipe].get(k) for k in LABELLED)
+
 def _smaller(p, width): # a body is inherited by a smaller student of the same family only
     if p["inherit_body"] and p["student_backbone"] not in ("", p["backbone"]):
         raise ValueError(f"parameter 'student_backbone' is {p['student_backbone']!r}; a {p['backbone']} has no body for it to inherit: "
@@ -468,7 +473,7 @@ def take_photographs(
     config, wanted = load_detector(teacher_file).config, p["impressions"] + p["textures"]
     source = {"world": world[0]} if p["photographs"] == "real" else {"proxy_root": p["proxy_root"]}
     depends = source | {"photographs": wanted, "seed": p["seed"], "size": config["size"], "classes": config["classes"]}
-    labelled = p["recipe"] == "supervised"
+    labelled = _labelled(p["recipe"])
     if labelled: depends["labels"] = True
     def make(folder):
         if p["photographs"] == "real": folders = [open_split(p, world[1]["root"], 0)]

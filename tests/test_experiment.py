@@ -244,6 +244,14 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     assert all(0 <= shares[k]["impressions nearer than 99 % of held-out images"] <= 1 for k in ("features", "pixels"))
 
 
+@pytest.mark.parametrize("recipe, labelled", [("moi", False), ("chen2017", True)])
+def test_real_images_carry_labels_where_the_recipe_learns_from_them(recipe, labelled, tmp_path):
+    tiny = read_parameters(ROOT / PARAMS / "tiny.yaml")
+    run(tiny | {"name": "real", "device": "cpu", "baselines": [], "photographs": "real", "recipe": recipe, "freeze_heads": False}, tmp_path)
+    images = open_transfer_set(tmp_path / "real/transfer_set")
+    assert any(len(images.target(i)["boxes"]) for i in range(len(images))) == labelled
+
+
 # Folders and teachers of one's own
 
 @pytest.mark.parametrize("dataset, write", [("voc", write_voc), ("kitti", write_kitti)])
