@@ -105,6 +105,7 @@ TEACHER = {
     "teacher_views": Parameter(1., "How much the views that the teacher learns from differ; 0 is mirrors alone", 0, 2),
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
     "teacher_ema": Parameter(0., "Decay of the moving average of the teacher's weights a step; 0 for none", 0, .99999),
+    "teacher_judged": Parameter(False, "Keep the teacher's weights that did best on val, looked at every 200 steps, instead of the last"),
 }
 
 # %% ../nbs/11_experiment.ipynb #ab10e0fd
@@ -203,7 +204,9 @@ def check_parameters(
     if (p["photographs"] == "proxy" or "proxy" in p["baselines"]) and not p["proxy_root"]:
         raise ValueError("parameter 'proxy_root' is empty; the method 'proxy' needs a folder of photographs")
     if "proxy" in (p["photographs"], *p["baselines"]) and _labelled(p["recipe"]):
-        raise ValueError(f"parameter 'recipe' is {p['recipe']!r}, which learns from labels; unrelated photographs have none of these classes")
+        raise ValueError(f"parameter 'recipe' is {p['recipe']!r}, which learns from labels; unrelated photographs have others")
+    if p["teacher_judged"] and p["splits"][1] == p["splits"][2]:
+        raise ValueError(f"parameter 'teacher_judged' is True, and 'splits' is {p['splits']}; what is reported on may choose nothing")
     if not p["teacher"]: _smaller(p, p["teacher_width"])
     if p["impressions"] and p["objects"][1] < 1:
         raise ValueError(f"parameter 'objects' is {p['objects']}; the most must be at least 1")
@@ -332,19 +335,27 @@ def make_teacher(
         _smaller(p, given["width"])
         return Path(p["teacher"]), {"seconds": 0., "reused": True, "history": {}}
     used = ("size", "backbone", "weights", "teacher_width", "fpn_channels", "head_channels", "anchor", "proposals",
-            "teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "precision",
-            "compile", "seed")
+            "teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged",
+            "precision", "compile", "seed")
     device, accelerator = engine(p)
     def make(folder):
         images = Resized(open_split(p, world[1]["root"], 0), tuple(p["size"]), cache=True)
         torch.manual_seed(step_seed(p["seed"], 1))
         teacher = new_detector(p, images.classes, p["backbone"], p["teacher_width"], p["weights"]).to(device)
         history = train_detector(compiled(teacher, p), images, p["teacher_steps"], p["teacher_batch"], p["teacher_lr"], p["teacher_ema"],
-            p["seed"], p["teacher_views"], checkpoint=folder/"training.pt", accelerator=accelerator)
+            p["seed"], p["teacher_views"], checkpoint=folder/"training.pt", accelerator=accelerator,
+            judge=_val_judge(open_split(p, world[1]["root"], 1)) if p["teacher_judged"] else None)
         if is_main(accelerator): save_trained(teacher, folder/"teacher.safetensors")
         return {"history": history}
     folder, record = stage(runs, "teacher", {"world": world[0]} | {k: p[k] for k in used}, make, accelerator, shared=True)
     return folder/"teacher.safetensors", record
+
+def _val_judge(data): # grades a detector by its AP50 on labelled images; for teachers alone
+    targets = [data.target(i) for i in range(len(data))]
+    def judge(detector):
+        ap = voc_ap(targets, predict(detector, data, progress=False), data.classes).AP
+        return {"val_AP50": ap if ap == ap else 0.}
+    return judge
 
 # %% ../nbs/11_experiment.ipynb #8333e736
 def save_trained(

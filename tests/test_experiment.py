@@ -1,5 +1,6 @@
 "The experiment as its user meets it: parameters, papermill, a killed run, folders of one's own, a teacher of one's own"
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,10 +15,10 @@ import nbformat
 import papermill
 import pytest
 
-from moi import street
+from moi import street, train
 from moi.data import write_kitti, write_voc
 from moi.detector import load_detector, weights_hash
-from moi.experiment import PARAMETERS, check_parameters, find_runs, read_parameters, run
+from moi.experiment import PARAMETERS, check_parameters, find_runs, make_teacher, make_world, read_parameters, run, score
 from moi.transfer_set import open_transfer_set
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,8 @@ NOTEBOOK = Path("nbs/experiments/zero_shot_kd.ipynb")
 PARAMS = Path("nbs/experiments/params")
 FILES = sorted((ROOT / PARAMS).glob("*.yaml"))
 DATA = {"name", "seed", "dataset", "data_root", "splits", "classes", "scenes", "size"}
-SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "distill_steps", "distill_lr", "batch", "shard"}
+SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged",
+    "distill_steps", "distill_lr", "batch", "shard"}
 SAMPLING = {"objects", "area", "max_aspect", "box_prior", "overlap", "soft_labels", "beta"}
 SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "l2", "adapt", "rounds", "compete", "pixels"}
 KILLED = """
@@ -242,6 +244,17 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     assert all(f"| {s} | `{m}` |" in table for s in given["students"] for m in given["methods"])
     shares = json.loads((root / "results/tiny-privacy.json").read_text())
     assert all(0 <= shares[k]["impressions nearer than 99 % of held-out images"] <= 1 for k in ("features", "pixels"))
+
+
+def test_a_judged_teacher_is_the_best_on_val_of_those_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fit", functools.partial(train.fit, every=50))
+    tiny = read_parameters(ROOT / PARAMS / "tiny.yaml")
+    p = check_parameters(tiny | {"device": "cpu", "teacher_judged": True, "teacher_steps": 250, "teacher_ema": .9})
+    world = make_world(p, tmp_path)
+    file, record = make_teacher(p, tmp_path, world)
+    looks = record["history"]["val_AP50"]
+    assert len(looks) == 5 and max(looks) > 0
+    assert max(looks) == score(p, tmp_path, file, world, 1)["AP50_voc"]
 
 
 @pytest.mark.parametrize("recipe, labelled", [("moi", False), ("chen2017", True)])
