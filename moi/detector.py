@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RESNETS', 'BACKBONES', 'ScaledResNet', 'bin_cells', 'GatherRoIAlign', 'ChannelsLastMLPHead', 'load_backbone',
            'build_pyramid', 'build_detector', 'capacity', 'normalise', 'features', 'rpn_outputs', 'anchors_of',
-           'rpn_outputs_at', 'nearest_anchors', 'region_features', 'roi_outputs', 'encode', 'decode', 'pad_targets',
-           'batch_iou', 'match', 'propose', 'supervised_losses', 'save_detector', 'load_detector', 'weights_hash',
-           'inherit_heads', 'inherit_body']
+           'rpn_outputs_at', 'nearest_anchors', 'region_features', 'roi_outputs', 'encode', 'decode', 'counted',
+           'pad_targets', 'batch_iou', 'match', 'propose', 'supervised_losses', 'save_detector', 'load_detector',
+           'weights_hash', 'inherit_heads', 'inherit_body']
 
 # %% ../nbs/02_detector.ipynb #b767b0fd
 import hashlib
@@ -376,14 +376,20 @@ def decode(
     return part.box_coder.decode_single(deltas.reshape(-1, 4), regions.reshape(-1, 4)).view(deltas.shape)
 
 # %% ../nbs/02_detector.ipynb #aad51ed0
+def counted(
+    target:dict[str,Tensor] # `boxes`, `labels`, and `ignore` where rows may be marked
+) -> dict[str,Tensor]: # `boxes` and `labels` of the rows that are not marked
+    "What a detector is to find in an image"
+    keep = ~target["ignore"] if "ignore" in target else slice(None)
+    return {k: target[k][keep] for k in ("boxes", "labels")}
+
 def pad_targets(
     targets:Sequence[dict], # `{"boxes": float32[n,4], "labels": int64[n]}`, one an image; rows marked `ignore` are left out
     n:int|None=None, # Objects an image, at least 1; the largest number among `targets` by default
     device=None # Where the result lives
 ) -> tuple[Tensor, Tensor]: # Boxes `float32[B,N,4]` and labels `int64[B,N]`, 0 where there is no object
     "Stack targets of different lengths"
-    kept = [~t["ignore"] if "ignore" in t else slice(None) for t in targets]
-    targets = [{k: t[k][keep] for k in ("boxes", "labels")} for t, keep in zip(targets, kept)]
+    targets = [counted(t) for t in targets]
     n = n or max([len(t["labels"]) for t in targets] + [1])
     boxes, labels = torch.zeros(len(targets), n, 4), torch.zeros(len(targets), n, dtype=torch.int64)
     for i, t in enumerate(targets):

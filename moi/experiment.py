@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 
 from . import street
 from .data import DetectionDataset, KITTIDataset, Resized, VOCDataset, COCODataset, open_dataset
-from .detector import BACKBONES, build_detector, capacity, inherit_body, inherit_heads, load_detector, save_detector, weights_hash
-from .distill import LABELLED, RECIPES, distill
+from .detector import BACKBONES, build_detector, capacity, counted, inherit_body, inherit_heads, load_detector, save_detector, weights_hash
+from .distill import RECIPES, distill, learns_from_labels
 from .evaluate import coco_ap, predict, voc_ap
 from .impressions import adapt_targets, synthesise
 from .pseudo_targets import class_similarity, preferred_targets, sample_targets
@@ -203,7 +203,7 @@ def check_parameters(
         raise ValueError("parameters 'impressions' and 'textures' are both 0; a student needs images")
     if (p["photographs"] == "proxy" or "proxy" in p["baselines"]) and not p["proxy_root"]:
         raise ValueError("parameter 'proxy_root' is empty; the method 'proxy' needs a folder of photographs")
-    if "proxy" in (p["photographs"], *p["baselines"]) and _labelled(p["recipe"]):
+    if "proxy" in (p["photographs"], *p["baselines"]) and learns_from_labels(p["recipe"]):
         raise ValueError(f"parameter 'recipe' is {p['recipe']!r}, which learns from labels; unrelated photographs have others")
     if p["teacher_judged"] and p["splits"][1] == p["splits"][2]:
         raise ValueError(f"parameter 'teacher_judged' is True, and 'splits' is {p['splits']}; what is reported on may choose nothing")
@@ -213,9 +213,6 @@ def check_parameters(
     return p
 
 # %% ../nbs/11_experiment.ipynb #c0d2b791
-def _labelled(recipe): # does a recipe learn from labels?
-    return any(RECIPES[recipe].get(k) for k in LABELLED)
-
 def _smaller(p, width): # a body is inherited by a smaller student of the same family only
     if p["inherit_body"] and p["student_backbone"] not in ("", p["backbone"]):
         raise ValueError(f"parameter 'student_backbone' is {p['student_backbone']!r}; a {p['backbone']} has no body for it to inherit: "
@@ -484,7 +481,7 @@ def take_photographs(
     config, wanted = load_detector(teacher_file).config, p["impressions"] + p["textures"]
     source = {"world": world[0]} if p["photographs"] == "real" else {"proxy_root": p["proxy_root"]}
     depends = source | {"photographs": wanted, "seed": p["seed"], "size": config["size"], "classes": config["classes"]}
-    labelled = _labelled(p["recipe"])
+    labelled = learns_from_labels(p["recipe"])
     if labelled: depends["labels"] = True
     def make(folder):
         if p["photographs"] == "real": folders = [open_split(p, world[1]["root"], 0)]
@@ -492,7 +489,7 @@ def take_photographs(
         images = ConcatDataset([Resized(f, tuple(config["size"])) for f in folders])
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(step_seed(p["seed"], 3)))[:wanted].tolist()
         samples = [images[i] for i in order]
-        targets = [{k: t[k][~t["ignore"]] for k in NOTHING} if labelled else NOTHING for _, t in samples]
+        targets = [counted(t) if labelled else NOTHING for _, t in samples]
         write_shard(folder, 0, 0, torch.stack([image for image, _ in samples]), targets, p["photographs"], {"seed": p["seed"]})
         join_shards(folder, 1, config["classes"])
         return {"images": len(order)}

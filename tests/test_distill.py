@@ -87,3 +87,17 @@ def test_compiled_backbones_give_the_same_run(tmp_path):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3 # teacher in training, teacher asked, student in training
     for who, losses in plain.items():
         for name, values in losses.items(): assert compiled[who][name] == pytest.approx(values, rel=1e-2, abs=1e-4), (who, name)
+
+
+@pytest.mark.parametrize("recipe, places", [("moi", 12), ("supervised", 20), ("chen2017", 20)])
+def test_a_recipe_that_learns_from_labels_leaves_none_out(recipe, places, monkeypatch):
+    crowded = Images()
+    crowded.targets[0] = {"boxes": torch.tensor([[4., 4., 30., 30.]]).repeat(20, 1), "labels": torch.ones(20, dtype=torch.int64)}
+    asked = []
+    def remember(images, boxes, labels, *more):
+        asked.append(boxes.shape[1])
+        return images, boxes, labels
+    monkeypatch.setattr("moi.distill.random_views", remember)
+    nets = [build_detector(["a", "b"], width=w, fpn_channels=16, **ANCHORS) for w in (.125, .25)]
+    distill(*nets, crowded, steps=1, batch=4, recipe=recipe, progress="")
+    assert asked == [places]

@@ -280,6 +280,11 @@ def test_a_folder_of_ones_own_and_a_teacher_of_ones_own(dataset, write, tmp_path
     assert open_transfer_set(tmp_path / "own/transfer_set").image(0).shape == (3, 64, 96)
 
     teacher = shutil.copyfile(tmp_path / "own/teacher.safetensors", tmp_path / "mine.safetensors")
+    labelled = given | {"name": "labelled", "photographs": "real", "recipe": "supervised", "freeze_heads": False}
+    assert run(labelled, tmp_path)["switches"]["recipe"] == "supervised"
+    images = open_transfer_set(tmp_path / "labelled/transfer_set")
+    assert sum(len(images.target(i)["labels"]) for i in range(len(images))) > 0
+
     second = run(given | {"name": "again", "teacher": str(teacher)}, tmp_path)
     assert second["stages"]["teacher"]["seconds"] == 0 and second["history"]["teacher"] == {}
     assert second["stages"]["student"]["reused"]  # the same teacher, hence the same impressions and student
