@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 
 from . import street
 from .data import DetectionDataset, KITTIDataset, Resized, VOCDataset, COCODataset, open_dataset
-from .detector import BACKBONES, build_detector, capacity, counted, inherit_body, inherit_heads, load_detector, save_detector, weights_hash
+from .detector import (BACKBONES, build_detector, capacity, counted, inherit_body, inherit_heads, load_detector, save_detector,
+    weights_hash)
 from .distill import RECIPES, distill, learns_from_labels
 from .evaluate import coco_ap, predict, voc_ap
 from .impressions import adapt_targets, synthesise
