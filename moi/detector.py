@@ -375,7 +375,7 @@ def decode(
     "Move `regions` by `deltas`"
     return part.box_coder.decode_single(deltas.reshape(-1, 4), regions.reshape(-1, 4)).view(deltas.shape)
 
-# %% ../nbs/02_detector.ipynb #aad51ed0
+# %% ../nbs/02_detector.ipynb #c0a17ed1
 def counted(
     target:dict[str,Tensor] # `boxes`, `labels`, and `ignore` where rows may be marked
 ) -> dict[str,Tensor]: # `boxes` and `labels` of the rows that are not marked
@@ -383,6 +383,7 @@ def counted(
     keep = ~target["ignore"] if "ignore" in target else slice(None)
     return {k: target[k][keep] for k in ("boxes", "labels")}
 
+# %% ../nbs/02_detector.ipynb #aad51ed0
 def pad_targets(
     targets:Sequence[dict], # `{"boxes": float32[n,4], "labels": int64[n]}`, one an image; rows marked `ignore` are left out
     n:int|None=None, # Objects an image, at least 1; the largest number among `targets` by default

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PARTS', 'feature_loss', 'region_loss', 'hint_loss', 'class_loss', 'box_loss', 'rpn_losses',
-           'bounded_box_loss', 'shared_regions', 'learns_from_labels', 'distill_losses', 'paste', 'random_views',
-           'agreement_judge', 'check_pair', 'distill', 'check_recipe']
+           'bounded_box_loss', 'shared_regions', 'check_recipe', 'learns_from_labels', 'distill_losses', 'paste',
+           'random_views', 'agreement_judge', 'check_pair', 'distill']
 
 # %% ../nbs/09_distill.ipynb #350ede8e
 from collections.abc import Callable, Mapping, Sequence
@@ -130,6 +130,21 @@ RECIPES = { # Weights and options of each recipe
 }
 PARTS = ("feat", "regions", "hint", "rpn_cls", "rpn_box", "roi_cls", "roi_box", "hard", "bounded") # what a recipe may weigh
 
+# %% ../nbs/09_distill.ipynb #0d14b716
+def check_recipe(
+    recipe:str|Mapping[str,float] # A key of `RECIPES`, or weights and options
+) -> dict[str, float]: # Weights and options
+    "Look a recipe up; refuse what it may not hold"
+    allowed = (*PARTS, "margin", "background", "temperature", "supervised")
+    if isinstance(recipe, str):
+        if recipe not in RECIPES: raise ValueError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+        recipe = RECIPES[recipe]
+    for k, v in recipe.items():
+        if k not in allowed: raise ValueError(f"a recipe has no entry {k!r}; there are {', '.join(allowed)}")
+        if v < 0: raise ValueError(f"entry {k!r} of a recipe is {v}; it must not be negative")
+    return dict(recipe)
+
+# %% ../nbs/09_distill.ipynb #1ab31ed1
 def learns_from_labels(
     recipe:str|Mapping[str,float] # A key of `RECIPES`, or weights and options
 ) -> bool: # Whether it takes what has no target for background
@@ -315,17 +330,3 @@ def distill(
     with frozen(teacher):
         judge = agreement_judge(teacher, held_out) if held_out is not None else None
         return fit(student, losses, data, steps, lr=lr, ema=ema, seed=seed, extra=adapt, judge=judge, progress=progress, **loop)
-
-# %% ../nbs/09_distill.ipynb #0d14b716
-def check_recipe(
-    recipe:str|Mapping[str,float] # A key of `RECIPES`, or weights and options
-) -> dict[str, float]: # Weights and options
-    "Look a recipe up; refuse what it may not hold"
-    allowed = (*PARTS, "margin", "background", "temperature", "supervised")
-    if isinstance(recipe, str):
-        if recipe not in RECIPES: raise ValueError(f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
-        recipe = RECIPES[recipe]
-    for k, v in recipe.items():
-        if k not in allowed: raise ValueError(f"a recipe has no entry {k!r}; there are {', '.join(allowed)}")
-        if v < 0: raise ValueError(f"entry {k!r} of a recipe is {v}; it must not be negative")
-    return dict(recipe)
