@@ -106,7 +106,7 @@ TEACHER = {
     "teacher_views": Parameter(1., "How much the views that the teacher learns from differ; 0 is mirrors alone", 0, 2),
     "teacher_batch": Parameter(8, "Images a step of the teacher's training", 1, 4096),
     "teacher_ema": Parameter(0., "Decay of the moving average of the teacher's weights a step; 0 for none", 0, .99999),
-    "teacher_judged": Parameter(False, "Keep the teacher's weights that did best on val, looked at every 200 steps, instead of the last"),
+    "teacher_judged": Parameter(False, "Keep the teacher's weights that did best on val, of the second half of looks every 200 steps"),
 }
 
 # %% ../nbs/11_experiment.ipynb #ab10e0fd

@@ -171,7 +171,7 @@ def fit(
     ema:float=0., # Decay of the weights' moving average a step; 0 for none
     seed:int=0, # Seed of every step's randomness
     extra:nn.Module|None=None, # Learns along but is thrown away, such as an adaptation layer
-    judge:Callable[[nn.Module], dict]|None=None, # Grades the model (its average) at every look: the best by the first grade is kept
+    judge:Callable[[nn.Module], dict]|None=None, # Grades the model (its average); of the later half of looks, the best by the first is kept
     every:int=200, # Steps between two looks, at which the state is saved too
     checkpoint:Path|None=None, # File that a killed run goes on from; whoever needs it no longer removes it
     accelerator:Accelerator|None=None, # Processes that share each batch, and precision; none is this process alone
@@ -184,7 +184,7 @@ def fit(
     kept = averaged.module if ema else model
     state = {"step": 0, "history": {}, "best": None}
     if checkpoint and checkpoint.is_file(): state = resume(checkpoint, module, optimiser, averaged)
-    history, best = state["history"], state["best"]
+    history, best, late = state["history"], state["best"], -(-steps // every) // 2
     together = accelerator.prepare(module) if accelerator else module
     bar = tqdm(data(state["step"]), desc=progress, total=steps, initial=state["step"], disable=not progress)
     with seeded_steps(seed, accelerator) as reseed:
@@ -194,7 +194,7 @@ def fit(
             if averaged is not None: averaged.update_parameters(model)
             for k, v in parts.items(): history.setdefault(k, []).append(everywhere(v.detach(), -torch.inf).item())
             if (step + 1) % every and step + 1 < steps: continue
-            if judge: best = _better(judge(kept), history, kept, best)
+            if judge: best = _better(judge(kept), history, kept, best, late)
             if checkpoint and (not accelerator or accelerator.is_main_process):
                 save_state(checkpoint, module, optimiser, averaged, {"step": step + 1, "history": history, "best": best})
     if judge or averaged is not None: model.load_state_dict(best if judge else kept.state_dict())
@@ -212,10 +212,10 @@ def _descend(optimiser, parts, step, rate, clip): # one step down the sum of the
     nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
     optimiser.step()
 
-def _better(grades, history, model, best): # notes the grades; the weights of `model` where none had a better first grade, else `best`
+def _better(grades, history, model, best, late): # notes grades; the weights of `model` if none since look `late` was better, else `best`
     for k, v in grades.items(): history.setdefault(k, []).append(v)
-    first = history[next(iter(grades))]
-    return {k: v.clone() for k, v in model.state_dict().items()} if first[-1] >= max(first) else best
+    first = history[next(iter(grades))][late:]
+    return {k: v.clone() for k, v in model.state_dict().items()} if first and first[-1] >= max(first) else best
 
 # %% ../nbs/03_train.ipynb #fe0d0312
 class Together(nn.Module):

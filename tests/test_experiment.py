@@ -246,15 +246,15 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     assert all(0 <= shares[k]["impressions nearer than 99 % of held-out images"] <= 1 for k in ("features", "pixels"))
 
 
-def test_a_judged_teacher_is_the_best_on_val_of_those_looked_at(tmp_path, monkeypatch):
+def test_a_judged_teacher_is_the_best_on_val_of_the_second_half_of_the_looks(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "fit", functools.partial(train.fit, every=50))
     tiny = read_parameters(ROOT / PARAMS / "tiny.yaml")
     p = check_parameters(tiny | {"device": "cpu", "teacher_judged": True, "teacher_steps": 250, "teacher_ema": .9})
     world = make_world(p, tmp_path)
     file, record = make_teacher(p, tmp_path, world)
     looks = record["history"]["val_AP50"]
-    assert len(looks) == 5 and max(looks) > 0
-    assert max(looks) == score(p, tmp_path, file, world, 1)["AP50_voc"]
+    assert len(looks) == 5 and max(looks[2:]) > 0
+    assert max(looks[2:]) == score(p, tmp_path, file, world, 1)["AP50_voc"]
 
 
 @pytest.mark.parametrize("recipe, labelled", [("moi", False), ("chen2017", True)])
