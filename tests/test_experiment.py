@@ -242,7 +242,7 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     outputs = [o.get("data", {}) for c in nbformat.read(root / "runs/out.ipynb", 4).cells for o in c.get("outputs", [])]
     table = next(d["text/markdown"] for d in outputs if "text/markdown" in d)
     assert all(f"| {s} | `{m}` |" in table for s in given["students"] for m in given["methods"])
-    shares = json.loads((root / "results/tiny-privacy.json").read_text())
+    shares = json.loads((root / "results/tiny-half-same-privacy.json").read_text())
     assert all(0 <= shares[k]["impressions nearer than 99 % of held-out images"] <= 1 for k in ("features", "pixels"))
 
 
@@ -303,6 +303,8 @@ def test_the_ablation_notebook_compares_levers_on_val(tmp_path):
     result = json.loads((root / "results/ablation.json").read_text())
     assert set(result["rows"]) == set(given["levers"])
     assert {k: list(v) for k, v in result["growth"].items()} == {"images": ["4", "8"], "steps": ["1", "2"]}
+    assert {k: len(v) for k, v in result["agreement and AP"].items()} == {"levers": 3, "images": 2, "steps": 2}
+    assert (root / "results/growth.png").stat().st_size > 1000
     run = json.loads((root / "runs/tiny-ablation-default-s0/result.json").read_text())
     assert result["rows"]["default"][0]["AP"] == run["metrics"]["val"]["student"]["AP"]
     assert len({rows[0]["teacher"] for rows in result["rows"].values()}) == 1
