@@ -171,7 +171,7 @@ def fit(
     ema:float=0., # Decay of the weights' moving average a step; 0 for none
     seed:int=0, # Seed of every step's randomness
     extra:nn.Module|None=None, # Learns along but is thrown away, such as an adaptation layer
-    judge:Callable[[nn.Module], dict]|None=None, # Grades the model (its average); of the later half of looks, the best by the first is kept
+    judge:Callable[[nn.Module], dict]|None=None, # Grades the (averaged) model; the best look of the second half, by its first grade, stays
     every:int=200, # Steps between two looks, at which the state is saved too
     checkpoint:Path|None=None, # File that a killed run goes on from; whoever needs it no longer removes it
     accelerator:Accelerator|None=None, # Processes that share each batch, and precision; none is this process alone
