@@ -144,7 +144,7 @@ def check_recipe(
         if v < 0: raise ValueError(f"entry {k!r} of a recipe is {v}; it must not be negative")
     return dict(recipe)
 
-# %% ../nbs/09_distill.ipynb #1ab31ed1
+# %% ../nbs/09_distill.ipynb #39af4b9a
 def learns_from_labels(
     recipe:str|Mapping[str,float] # A key of `RECIPES`, or weights and options
 ) -> bool: # Whether it takes what has no target for background
@@ -233,18 +233,19 @@ def paste(
     return (torch.where(inside, images[other], images), torch.cat([boxes, theirs.clamp(min=0)], 1),
         torch.cat([ours, labels[other] * shown], 1))
 
-# %% ../nbs/09_distill.ipynb #cf753370
+# %% ../nbs/09_distill.ipynb #cd0448e7
 def random_views(
     images:Tensor, # `float32[B,3,H,W]` in [0,1]
     boxes:Tensor, # `[B,N,4]`
     labels:Tensor, # `[B,N]`, 0 where there is no object
     generator:torch.Generator, # Randomness, on the CPU
     scale:tuple[float,float]=(.6, 1.6), # Range of the views' scale
-    mix:float=.5 # Share of the views into which a rectangle of another is pasted
+    mix:float=.5, # Share of the views into which a rectangle of another is pasted
+    padding:str="reflection" # What lies outside an image, as for `moi.train.view`
 ) -> tuple[Tensor, Tensor, Tensor]: # Of the same shapes; objects beyond the first `N` that a view shows are left out
     "What teacher and student see in a step"
     n, affine = labels.shape[1], random_affine(len(images), generator, scale=scale).to(images.device)
-    images = random_colour(view(images, affine, "reflection"), generator)
+    images = random_colour(view(images, affine, padding), generator)
     boxes, labels = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
     if not mix: return images, boxes, labels
     images, boxes, labels = paste(images, boxes, labels, generator, mix)
@@ -292,7 +293,7 @@ def check_pair(
             what, ours, theirs = f"{what} at level {level}", ours[level], theirs[level]
         raise ValueError(f"this teacher can't teach this student: {what}: {ours} in the student, {theirs} in the teacher")
 
-# %% ../nbs/09_distill.ipynb #5a731a45
+# %% ../nbs/09_distill.ipynb #52100a8a
 def distill(
     student:nn.Module, # Trained in place, on its own device
     teacher:nn.Module, # On the same device; left as it is
@@ -314,7 +315,8 @@ def distill(
 ) -> dict[str, list[float]]: # History of the losses, and of `agreement` and `distance` where images are held out
     "Teach `student` what `teacher` sees in `dataset`"
     w = check_recipe(recipe)
-    if learns_from_labels(w): objects = max(objects, *(len(dataset[i][1]["labels"]) for i in range(len(dataset))))
+    labelled = learns_from_labels(w)
+    if labelled: objects = max(objects, *(len(dataset[i][1]["labels"]) for i in range(len(dataset))))
     device = next(student.parameters()).device
     c_s, c_t = student.backbone.out_channels, teacher.backbone.out_channels
     check_pair(student, teacher, tuple(dataset[0][0].shape[-2:]))
@@ -322,7 +324,8 @@ def distill(
     data = step_loader(dataset, batch, steps, seed, workers, loop.get("accelerator"))
     def losses(batch, generator):
         images = batch[0].to(device).float() / 255
-        seen = random_views(images, *pad_targets(batch[1], objects, device), generator, scale, mix)
+        targets = pad_targets(batch[1], objects, device)
+        seen = random_views(images, *targets, generator, scale, mix, "border" if labelled else "reflection") # labels have no mirror images
         return distill_losses(student, teacher, *seen, generator, w, adapt=adapt)
     student.train()
     for m in student.modules():
