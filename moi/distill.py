@@ -274,6 +274,7 @@ def distill(
 ) -> dict[str, list[float]]: # History of the losses, and of `agreement` and `distance` where images are held out
     "Teach `student` what `teacher` sees in `dataset`"
     w = check_recipe(recipe)
+    padding = "border" if any(w.get(k) for k in ("supervised", "hard", "bounded")) else "reflection" # labels have no mirror images
     device = next(student.parameters()).device
     c_s, c_t = student.backbone.out_channels, teacher.backbone.out_channels
     check_pair(student, teacher, tuple(dataset[0][0].shape[-2:]))
@@ -282,7 +283,7 @@ def distill(
     def losses(batch, generator):
         images, (boxes, labels) = batch[0].to(device).float() / 255, pad_targets(batch[1], objects, device)
         affine = random_affine(len(images), generator, scale=scale).to(device)
-        images = random_colour(view(images, affine, "reflection"), generator)
+        images = random_colour(view(images, affine, padding), generator)
         boxes, labels = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
         if mix:
             images, boxes, labels = paste(images, boxes, labels, generator, mix)
