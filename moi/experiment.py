@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'WORLD', 'TEACHER', 'TRANSFER_SET', 'STUDENT', 'PARAMETERS', 'as_method', 'Parameter', 'check_parameter',
-           'check_parameters', 'notebook_parameters', 'find_runs', 'stage', 'is_main', 'engine', 'compiled',
+           'check_parameters', 'notebook_parameters', 'find_runs', 'stage', 'commit', 'is_main', 'engine', 'compiled',
            'make_world', 'open_split', 'make_teacher', 'save_trained', 'new_detector', 'make_transfer_set', 'shards_of',
            'paint_shard', 'invent', 'texture_shard', 'take_photographs', 'make_student', 'compress', 'score', 'run',
            'measure', 'about', 'link', 'surroundings', 'read_parameters', 'main']
@@ -12,6 +12,7 @@ __all__ = ['METHODS', 'WORLD', 'TEACHER', 'TRANSFER_SET', 'STUDENT', 'PARAMETERS
 # %% ../nbs/11_experiment.ipynb #40b3cf5d
 import argparse
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -246,7 +247,7 @@ def stage(
     make:Callable[[Path], dict|None], # `make(folder)` fills the folder; what it returns is kept in the record
     accelerator:Accelerator|None=None, # The processes of this run; none is this one alone
     shared:bool=False # Every process helps to make it; otherwise the main one does, and the others wait
-) -> tuple[Path, dict]: # The stage's folder, and its record: `depends`, `seconds`, `reused`, and what `make` returned
+) -> tuple[Path, dict]: # The stage's folder, and its record: `depends`, `seconds`, `commits`, `reused`, and what `make` returned
     "The result of a stage: made now, or taken from an earlier run that asked for the same"
     words = json.dumps(depends, sort_keys=True)
     folder = runs/"stages"/f"{kind}-{hashlib.sha256(words.encode()).hexdigest()[:12]}"
@@ -254,12 +255,27 @@ def stage(
     if record.is_file(): return folder, json.loads(record.read_text()) | {"reused": True}
     folder.mkdir(parents=True, exist_ok=True)
     start, main, made = time.perf_counter(), is_main(accelerator), {}
+    if main: noted = _note_commit(folder/"commits.json")
     if main or shared: made = make(folder) or {}
     if accelerator: accelerator.wait_for_everyone()
     made |= {"kind": kind, "depends": depends, "seconds": round(time.perf_counter() - start, 2)}
-    if main: write_whole(record, json.dumps(made, sort_keys=True).encode())
+    if main: write_whole(record, json.dumps(made | {"commits": noted}, sort_keys=True).encode())
     if accelerator: accelerator.wait_for_everyone()
     return folder, json.loads(record.read_text()) | {"reused": False}
+
+# %% ../nbs/11_experiment.ipynb #c0de17ab
+@functools.cache
+def commit() -> str|None: # In full, with `+changes` where `moi/` or `nbs/` differ from it; `None` outside a git checkout
+    "The commit of the code that runs"
+    here = Path(importlib.util.find_spec("moi").origin).parent
+    def git(*words): return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    try: return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/moi", ":/nbs") else "")
+    except (OSError, subprocess.CalledProcessError): return None
+
+def _note_commit(file): # every commit that has worked on a stage, from its beginning on
+    noted = json.loads(file.read_text()) if file.is_file() else []
+    if commit() not in noted: write_whole(file, json.dumps(noted := [*noted, commit()]).encode())
+    return noted
 
 # %% ../nbs/11_experiment.ipynb #9fa1ef1e
 def is_main(
@@ -611,7 +627,7 @@ def run(
     stages = {"world": world[1], "teacher": teacher[1]} | {label("transfer_set", k): s[1] for k, s in sets.items()}
     stages |= {label("student", k): s[1] for k, s in students.items()}
     stages["scores"] = {"seconds": round(time.perf_counter() - start, 2)}
-    stages = {k: {x: v[x] for x in ("seconds", "reused", "images") if x in v} for k, v in stages.items()}
+    stages = {k: {x: v[x] for x in ("seconds", "reused", "images", "commits") if x in v} for k, v in stages.items()}
     result = {"params": p, "seed": p["seed"], "metrics": metrics, "stages": stages}
     result |= about(p, teacher[0], students["student"][0]) | where
     if main: write_whole(folder/"result.json", json.dumps(result, indent=1, sort_keys=True).encode())
@@ -666,14 +682,10 @@ def surroundings(
     device, accelerator = engine(p)
     name = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda": name = torch.cuda.get_device_name(device)
-    here = Path(importlib.util.find_spec("moi").origin).parent
-    def git(*words): return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    try: commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/moi", ":/nbs") else "")
-    except (OSError, subprocess.CalledProcessError): commit = None # not a git checkout
     versions = {k: importlib.metadata.version(k) for k in ("torch", "torchvision", "numpy", "pycocotools")}
     versions |= {"python": platform.python_version(), "moi": importlib.import_module("moi").__version__}
     processes = accelerator.num_processes if accelerator else 1
-    return {"device": {"type": device.type, "name": name, "processes": processes}, "versions": versions, "commit": commit}
+    return {"device": {"type": device.type, "name": name, "processes": processes}, "versions": versions, "commit": commit()}
 
 # %% ../nbs/11_experiment.ipynb #03f8e5ce
 def read_parameters(
