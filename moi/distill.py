@@ -7,8 +7,9 @@ __all__ = ['RECIPES', 'PARTS', 'feature_loss', 'region_loss', 'hint_loss', 'clas
            'bounded_box_loss', 'shared_regions', 'check_recipe', 'learns_from_labels', 'distill_losses', 'paste',
            'random_views', 'agreement_judge', 'check_pair', 'distill']
 
-# %% ../nbs/09_distill.ipynb #350ede8e
+# %% ../nbs/09_distill.ipynb #d3f63e1b
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -56,7 +57,7 @@ def hint_loss(
     "Mean squared distance, averaged over levels"
     return torch.stack([(s - t).square().mean() for s, t in zip(student, teacher, strict=True)]).mean()
 
-# %% ../nbs/09_distill.ipynb #9820c4b0
+# %% ../nbs/09_distill.ipynb #a83c8111
 def class_loss(
     student:Tensor, # Logits `[...,C+1]`
     teacher:Tensor, # Logits `[...,C+1]`
@@ -65,7 +66,7 @@ def class_loss(
 ) -> Tensor: # Scalar, the mean over regions
     "Weighted divergence of the student's classes from the teacher's"
     log_s, log_t = ((x / temperature).log_softmax(-1) for x in (student, teacher))
-    weight = torch.ones_like(log_t[0, 0] if log_t.ndim > 2 else log_t[0])
+    weight = log_t.new_ones(log_t.shape[-1])
     weight[0] = background
     return temperature**2 * (weight * log_t.exp() * (log_t - log_s)).sum(-1).mean()
 
@@ -103,7 +104,7 @@ def bounded_box_loss(
     counted = torch.ones_like(ours) if counted is None else counted.float()
     return (counted * torch.where(ours + margin > theirs, ours, 0.)).sum() / everywhere(counted.sum(), 1.)
 
-# %% ../nbs/09_distill.ipynb #8890761c
+# %% ../nbs/09_distill.ipynb #34909aeb
 @torch.no_grad()
 def shared_regions(
     proposals:Tensor, # `[B,P,4]`: the teacher's
@@ -112,7 +113,7 @@ def shared_regions(
     size:tuple[int,int], # Image `(H,W)`
     generator:torch.Generator, # Randomness, on the CPU
     jitters:int=1, # Copies of each pseudo-target
-    randoms:int=4 # Random boxes an image
+    randoms:int=4 # Random boxes an image, at least 1: they also take the places of empty ones
 ) -> Tensor: # `float32[B,R,4]`, none empty
     "One set of regions for teacher and student"
     boxes = boxes * (labels > 0)[..., None]
@@ -130,7 +131,7 @@ RECIPES = { # Weights and options of each recipe
 }
 PARTS = ("feat", "regions", "hint", "rpn_cls", "rpn_box", "roi_cls", "roi_box", "hard", "bounded") # what a recipe may weigh
 
-# %% ../nbs/09_distill.ipynb #0d14b716
+# %% ../nbs/09_distill.ipynb #77998521
 def check_recipe(
     recipe:str|Mapping[str,float] # A key of `RECIPES`, or weights and options
 ) -> dict[str, float]: # Weights and options
@@ -142,6 +143,11 @@ def check_recipe(
     for k, v in recipe.items():
         if k not in allowed: raise ValueError(f"a recipe has no entry {k!r}; there are {', '.join(allowed)}")
         if v < 0: raise ValueError(f"entry {k!r} of a recipe is {v}; it must not be negative")
+    if recipe.get("hard", 0.) > 1: raise ValueError(f"entry 'hard' of a recipe is {recipe['hard']}; it is a share, at most 1")
+    if recipe.get("temperature", 1.) == 0: raise ValueError("entry 'temperature' of a recipe is 0; it must be above")
+    if recipe.get("supervised") and any(recipe.get(k) for k in PARTS):
+        raise ValueError(f"'supervised' stands alone in a recipe, found {dict(recipe)}")
+    if not any(recipe.get(k) for k in ("supervised", *PARTS)): raise ValueError(f"a recipe weighs nothing: {dict(recipe)}")
     return dict(recipe)
 
 # %% ../nbs/09_distill.ipynb #39af4b9a
@@ -152,7 +158,7 @@ def learns_from_labels(
     w = check_recipe(recipe)
     return any(w.get(k) for k in ("supervised", "hard", "bounded"))
 
-# %% ../nbs/09_distill.ipynb #b06f95ae
+# %% ../nbs/09_distill.ipynb #c132600a
 def distill_losses(
     student:nn.Module, # Learns
     teacher:nn.Module, # Frozen, in evaluation mode
@@ -176,13 +182,13 @@ def distill_losses(
     ours = features(student, images)
     rpn_s, (logits, deltas) = rpn_outputs(student, ours), roi_outputs(student, ours, regions, size)
     levels, levels_t = [adapt(x) if adapt else x for x in ours.values()], list(theirs.values())
-    soft = 1 - w["hard"]
+    soft, rpn = 1 - w["hard"], cache(lambda: rpn_losses(rpn_s, rpn_t))
     found = {
         "feat": lambda: feature_loss(levels, levels_t),
         "regions": lambda: region_loss(levels, levels_t, boxes, labels, size),
         "hint": lambda: hint_loss(levels, levels_t),
-        "rpn_cls": lambda: soft * rpn_losses(rpn_s, rpn_t)["rpn_cls"],
-        "rpn_box": lambda: rpn_losses(rpn_s, rpn_t)["rpn_box"],
+        "rpn_cls": lambda: soft * rpn()["rpn_cls"],
+        "rpn_box": lambda: rpn()["rpn_box"],
         "roi_cls": lambda: soft * class_loss(logits, logits_t, w.get("background", 1.), w.get("temperature", 1.)),
         "roi_box": lambda: box_loss(deltas[:, :, 1:], deltas_t[:, :, 1:], logits_t.softmax(-1)[..., 1:])}
     losses = {k: w[k] * loss() for k, loss in found.items() if w[k]}
@@ -252,11 +258,11 @@ def random_views(
     first = (labels == 0).int().argsort(dim=1, stable=True)[:, :n]
     return images, boxes.gather(1, first[..., None].expand(-1, -1, 4)), labels.gather(1, first)
 
-# %% ../nbs/09_distill.ipynb #9cb517ac
+# %% ../nbs/09_distill.ipynb #8fcf4f6c
 def agreement_judge(
     teacher:nn.Module, # In evaluation mode
     held_out, # Images `uint8[3,H,W]` of one size and pseudo-targets, which the student does not learn from
-    recipe:Mapping[str,float]=MappingProxyType(RECIPES["moi"]) # For the distance
+    batch:int=16 # Images asked about at a time
 ) -> Callable[[nn.Module], dict[str, float]]: # `judge(student)` gives `agreement`, in [0,1], and `distance`
     "Someone who can tell how far a student agrees with its teacher"
     device = next(teacher.parameters()).device
@@ -264,13 +270,15 @@ def agreement_judge(
     boxes, labels = pad_targets([held_out[i][1] for i in range(len(held_out))], device=device)
     classes = [str(c) for c in range(1, teacher.roi_heads.box_predictor.cls_score.out_features)]
     seen = predict(teacher, images, progress=False)
-    compared = {k: v for k, v in recipe.items() if k in ("rpn_cls", "rpn_box", "roi_cls", "roi_box")}
+    compared = dict.fromkeys(("rpn_cls", "rpn_box", "roi_cls", "roi_box"), 1.)
     def judge(student):
-        ap = agreement(seen, predict(student, images, progress=False), classes).AP
+        ap, distance = agreement(seen, predict(student, images, batch, progress=False), classes).AP, 0.
         with frozen(student), frozen(teacher), torch.no_grad():
             g = torch.Generator().manual_seed(0)
-            parts = distill_losses(student, teacher, images.to(device).float() / 255, boxes, labels, g, compared)
-        return {"agreement": ap if ap == ap else 0., "distance": sum(parts.values()).item()} # nothing to agree on is no agreement
+            for x, b, c in zip(images.split(batch), boxes.split(batch), labels.split(batch)):
+                parts = distill_losses(student, teacher, x.to(device).float() / 255, b, c, g, compared)
+                distance += len(x) / len(images) * sum(parts.values()).item()
+        return {"agreement": ap if ap == ap else 0., "distance": distance} # nothing to agree on is no agreement
     return judge
 
 # %% ../nbs/09_distill.ipynb #3dd5c1a1
@@ -293,7 +301,7 @@ def check_pair(
             what, ours, theirs = f"{what} at level {level}", ours[level], theirs[level]
         raise ValueError(f"this teacher can't teach this student: {what}: {ours} in the student, {theirs} in the teacher")
 
-# %% ../nbs/09_distill.ipynb #52100a8a
+# %% ../nbs/09_distill.ipynb #8a023eeb
 def distill(
     student:nn.Module, # Trained in place, on its own device
     teacher:nn.Module, # On the same device; left as it is
@@ -320,7 +328,8 @@ def distill(
     device = next(student.parameters()).device
     c_s, c_t = student.backbone.out_channels, teacher.backbone.out_channels
     check_pair(student, teacher, tuple(dataset[0][0].shape[-2:]))
-    adapt = nn.Conv2d(c_s, c_t, 1).to(device) if c_s != c_t or w.get("hint") else None
+    follows = c_s != c_t and any(w.get(k) for k in ("feat", "regions"))
+    adapt = nn.Conv2d(c_s, c_t, 1).to(device) if follows or w.get("hint") else None
     data = step_loader(dataset, batch, steps, seed, workers, loop.get("accelerator"))
     def losses(batch, generator):
         images = batch[0].to(device).float() / 255

@@ -205,8 +205,9 @@ def check_parameters(
         raise ValueError("parameters 'impressions' and 'textures' are both 0; a student needs images")
     if (p["photographs"] == "proxy" or "proxy" in p["baselines"]) and not p["proxy_root"]:
         raise ValueError("parameter 'proxy_root' is empty; the method 'proxy' needs a folder of photographs")
-    if "proxy" in (p["photographs"], *p["baselines"]) and learns_from_labels(p["recipe"]):
-        raise ValueError(f"parameter 'recipe' is {p['recipe']!r}, which learns from labels; unrelated photographs have others")
+    for q in (p, *(as_method(p, m) for m in p["baselines"])):
+        if q["photographs"] == "proxy" and learns_from_labels(q["recipe"]):
+            raise ValueError(f"parameter 'recipe' is {q['recipe']!r}, which learns from labels; unrelated photographs have others")
     if p["teacher_judged"] and p["splits"][1] == p["splits"][2]:
         raise ValueError(f"parameter 'teacher_judged' is True, and 'splits' is {p['splits']}; what is reported on may choose nothing")
     if not p["teacher"]: _smaller(p, p["teacher_width"])
@@ -291,6 +292,7 @@ def engine(
     "Device, processes and precision"
     device = best_device(p["device"])
     precision = p.get("precision", "no")
+    if device.type == "cuda" and device.index is not None: torch.cuda.set_device(device) # accelerate works on the current one
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and precision == "no": return device, None
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     return (accelerator.device if accelerator.num_processes > 1 else device), accelerator
@@ -546,8 +548,9 @@ def make_student(
         if p["inherit_heads"] and p["freeze_heads"]:
             for part in (student.rpn, student.roi_heads): part.requires_grad_(False)
         images = Resized(open_transfer_set(transfer[0]), tuple(p["size"]), cache=True)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(step_seed(p["seed"], 4))).tolist()
-        held = min(p["held_out"], len(images) // 4)
+        first = sum(n for *_, n in shards_of(p)) if p["rounds"] > 1 else len(images) # what a later round adds is all learnt from
+        order = torch.randperm(first, generator=torch.Generator().manual_seed(step_seed(p["seed"], 4))).tolist()
+        order, held = [*order, *range(first, len(images))], min(p["held_out"], first // 4)
         steps = -(-p["distill_steps"] // p["rounds"])
         history = distill(compiled(student.to(device), p), teacher, Subset(images, order[held:]), steps, p["batch"], p["distill_lr"],
             p["ema"], p["seed"], p["recipe"], p["mix"], hold_moments=p["inherit_body"],

@@ -288,11 +288,11 @@ def seeded_steps(
 def frozen(
     model:nn.Module # In any mode, with any of its weights learning
 ) -> Iterator[nn.Module]: # `model`, in evaluation mode; no weight asks for a gradient
-    "Hold a model still for a while"
-    training, learning = model.training, [p.requires_grad for p in model.parameters()]
+    "Hold a model still for a while; each module's own mode comes back after it"
+    modes, learning = [(m, m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()]
     try: yield model.eval().requires_grad_(False)
     finally:
-        model.train(training)
+        for m, training in modes: m.training = training
         for p, r in zip(model.parameters(), learning): p.requires_grad_(r)
 
 # %% ../nbs/03_train.ipynb #9fbbd994
