@@ -69,6 +69,29 @@ def test_every_recipe_runs(recipe):
     assert ("hint" in history) == (recipe == "chen2017") and ("loss_classifier" in history) == (recipe == "supervised")
 
 
+def test_the_student_is_the_one_that_agrees_best(monkeypatch):
+    "Of the second half of the looks; the history tells which"
+    seen = []
+    def judge_of(teacher, held_out):
+        def judge(student):
+            seen.append(weights_hash(student))
+            return {"agreement": [.9, .2, .4, .3][len(seen) - 1]} # the first look is best, and too early to count
+        return judge
+    monkeypatch.setattr("moi.distill.agreement_judge", judge_of)
+    nets = [build_detector(["a", "b"], width=w, fpn_channels=16, **ANCHORS) for w in (.125, .25)]
+    distill(*nets, Images(), steps=4, batch=4, held_out=Images(), every=1, progress="")
+    assert len(set(seen)) == 4 and weights_hash(nets[0]) == seen[2]
+
+
+@pytest.mark.parametrize("ema", [0., .9])
+def test_held_moments_stay_held_when_the_student_is_judged(ema):
+    nets = [build_detector(["a", "b"], width=w, fpn_channels=16, **ANCHORS) for w in (.125, .25)]
+    moments = lambda: [b.clone() for k, b in nets[0].named_buffers() if "running" in k]
+    before = moments()
+    distill(*nets, Images(), steps=3, batch=4, ema=ema, hold_moments=True, held_out=Images(), every=1, progress="")
+    assert before and all(torch.equal(a, b) for a, b in zip(before, moments()))
+
+
 def test_heads_that_are_frozen_stay_the_teachers(tmp_path):
     "In a run, and in bfloat16"
     tiny = read_parameters(Path(__file__).parents[1] / "nbs/experiments/params/tiny.yaml")

@@ -15,7 +15,7 @@ import nbformat
 import papermill
 import pytest
 
-from moi import street, train
+from moi import experiment, street, train
 from moi.data import write_kitti, write_voc
 from moi.detector import load_detector, weights_hash
 from moi.experiment import PARAMETERS, check_parameters, find_runs, make_teacher, make_world, read_parameters, run, score
@@ -255,6 +255,24 @@ def test_a_judged_teacher_is_the_best_on_val_of_the_second_half_of_the_looks(tmp
     looks = record["history"]["val_AP50"]
     assert len(looks) == 5 and max(looks[2:]) > 0
     assert max(looks[2:]) == score(p, tmp_path, file, world, 1)["AP50_voc"]
+
+
+def test_what_a_round_holds_out_no_later_round_learns_from(tmp_path, monkeypatch):
+    parts, learn = [], experiment.distill
+    def remember(student, teacher, dataset, *more, held_out, **options):
+        parts.append((set(dataset.indices), set(held_out.indices)))
+        return learn(student, teacher, dataset, *more, held_out=held_out, **options)
+    monkeypatch.setattr(experiment, "distill", remember)
+    run(read_parameters(ROOT / PARAMS / "tiny.yaml") | {"device": "cpu", "baselines": [], "rounds": 2}, tmp_path)
+    (first, held), (second, still) = parts
+    assert held and held == still and first < second and not held & second
+    assert second | held == set(range(16))
+
+
+@pytest.mark.parametrize("given", [{"recipe": "chen2017", "baselines": ["proxy"]}, {"photographs": "proxy", "baselines": ["chen2017"]}])
+def test_unrelated_photographs_are_no_labels(given):
+    with pytest.raises(ValueError, match="'recipe' is 'chen2017', which learns from labels"):
+        check_parameters(given | {"proxy_root": ["anywhere"]})
 
 
 @pytest.mark.parametrize("recipe, labelled", [("moi", False), ("chen2017", True)])
