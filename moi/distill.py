@@ -131,7 +131,7 @@ RECIPES = { # Weights and options of each recipe
 }
 PARTS = ("feat", "regions", "hint", "rpn_cls", "rpn_box", "roi_cls", "roi_box", "hard", "bounded") # what a recipe may weigh
 
-# %% ../nbs/09_distill.ipynb #77998521
+# %% ../nbs/09_distill.ipynb #d07410e9
 def check_recipe(
     recipe:str|Mapping[str,float] # A key of `RECIPES`, or weights and options
 ) -> dict[str, float]: # Weights and options
