@@ -260,7 +260,9 @@ def stage(
     if main or shared: made = make(folder) or {}
     if accelerator: accelerator.wait_for_everyone()
     made |= {"kind": kind, "depends": depends, "seconds": round(time.perf_counter() - start, 2)}
-    if main: write_whole(record, json.dumps(made | {"commits": noted}, sort_keys=True).encode())
+    if main:
+        write_whole(record, json.dumps(made | {"commits": noted}, sort_keys=True).encode())
+        (folder/"commits.json").unlink(missing_ok=True) # the record has them now
     if accelerator: accelerator.wait_for_everyone()
     return folder, json.loads(record.read_text()) | {"reused": False}
 
