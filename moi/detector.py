@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'BACKBONES', 'ScaledResNet', 'bin_cells', 'GatherRoIAlign', 'ChannelsLastMLPHead', 'load_backbone',
-           'build_pyramid', 'build_detector', 'capacity', 'normalise', 'features', 'rpn_outputs', 'anchors_of',
-           'rpn_outputs_at', 'nearest_anchors', 'region_features', 'roi_outputs', 'encode', 'decode', 'counted',
-           'pad_targets', 'batch_iou', 'match', 'propose', 'supervised_losses', 'save_detector', 'load_detector',
-           'weights_hash', 'inherit_heads', 'inherit_body']
+           'build_pyramid', 'build_detector', 'evaluating', 'capacity', 'normalise', 'features', 'rpn_outputs',
+           'anchors_of', 'rpn_outputs_at', 'nearest_anchors', 'region_features', 'roi_outputs', 'encode', 'decode',
+           'counted', 'pad_targets', 'batch_iou', 'match', 'propose', 'supervised_losses', 'save_detector',
+           'load_detector', 'weights_hash', 'inherit_heads', 'inherit_body']
 
 # %% ../nbs/02_detector.ipynb #b767b0fd
+import contextlib
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -207,6 +208,18 @@ def build_detector(
         fixed_size=(size[1], size[0]))
     detector.config = config
     return detector.to(memory_format=torch.channels_last) # on a CPU convolutions are faster so, and pooling need not turn maps around
+
+# %% ../nbs/02_detector.ipynb #9480b725
+@contextlib.contextmanager
+def evaluating(
+    model:nn.Module # Any module, in any mode
+) -> Iterator[nn.Module]: # `model`
+    "Evaluation mode inside the `with`; each submodule's own mode comes back after it"
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try: yield model
+    finally:
+        for m, training in modes: m.training = training
 
 # %% ../nbs/02_detector.ipynb #7fc63e7c
 def capacity(

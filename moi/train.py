@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .data import collate
-from .detector import pad_targets, supervised_losses
+from .detector import evaluating, pad_targets, supervised_losses
 
 # %% ../nbs/03_train.ipynb #60348f76
 def step_seed(
@@ -289,10 +289,10 @@ def frozen(
     model:nn.Module # In any mode, with any of its weights learning
 ) -> Iterator[nn.Module]: # `model`, in evaluation mode; no weight asks for a gradient
     "Hold a model still for a while; each module's own mode comes back after it"
-    modes, learning = [(m, m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()]
-    try: yield model.eval().requires_grad_(False)
+    learning = [p.requires_grad for p in model.parameters()]
+    try:
+        with evaluating(model): yield model.requires_grad_(False)
     finally:
-        for m, training in modes: m.training = training
         for p, r in zip(model.parameters(), learning): p.requires_grad_(r)
 
 # %% ../nbs/03_train.ipynb #9fbbd994
