@@ -17,15 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from moi import data
-from moi.data import (
+from moi import data, layouts
+from moi.data import DataError, Resized, collate
+from moi.layouts import (
     COCODataset,
-    DataError,
     KITTIDataset,
-    Resized,
     VOCDataset,
     check,
-    collate,
     open_dataset,
     used_labels,
     write_coco,
@@ -84,7 +82,7 @@ def test_kitti3(shared):
 
 
 def test_kitti_split():
-    lists = Path(data.__file__).parent/"kitti_split"
+    lists = Path(layouts.__file__).parent/"kitti_split"
     train,val = ([line for line in (lists/f"{s}.txt").read_text().split("\n") if line] for s in ("train", "val"))
     assert (len(train), len(val), len({*train, *val})) == (3712, 3769, 7481)
     assert {*train, *val} == {f"{i:06d}" for i in range(7481)}
@@ -95,7 +93,7 @@ def test_voc100(shared):
     sets = {s: open_dataset(root/"VOCdevkit", s) for s in (None, "trainval", "train", "val")}
     assert [len(d) for d in sets.values()] == [100, 100, 80, 20]
     d = sets[None]
-    assert d.classes == data.VOC_CLASSES and not d.problems and not d.left_out
+    assert d.classes == layouts.VOC_CLASSES and not d.problems and not d.left_out
     assert sum(d.counts().values()) == 273 and int(fields(d, "difficult").sum()) == 38
     assert int(fields(d, "truncated").sum()) == 137
     assert list(d.counts().values()) == [15, 14, 6, 11, 13, 6, 14, 5, 15, 14, 7, 8, 7, 5, 91, 7, 10, 10, 6, 9]
@@ -281,7 +279,7 @@ def test_what_a_reader_gives_is_a_copy(folders):
 def test_voc_years(tmp_path):
     for year,splits in {"2007": {"trainval": ["0"], "test": ["1"]}, "2012": {"trainval": ["20"]}}.items():
         samples = [(i, noise(32, 40), target()) for s in splits.values() for i in s]
-        write_voc(tmp_path/f"VOCdevkit/VOC{year}", samples, data.VOC_CLASSES, splits)
+        write_voc(tmp_path/f"VOCdevkit/VOC{year}", samples, layouts.VOC_CLASSES, splits)
     def open_(split, **options): return VOCDataset(tmp_path, split, **options).ids
     assert open_("trainval") == ["0", "20"] and open_("test") == ["1"] and open_(None) == ["0", "1", "20"]
     assert open_("trainval", year="2012") == ["20"] == open_("trainval", year=["2012"])
@@ -444,12 +442,12 @@ def test_cache_notices_changes(folders, tmp_path, monkeypatch):
              "COCO": ("annotations/instances_val.json", b'"category_id": 1', b'"category_id": 3')}
     parse = {"KITTI": "parse_kitti", "VOC": "parse_voc", "COCO": "parse_coco"}
     for k,(name,old,new) in files.items():
-        calls,real = [],getattr(data, parse[k])
+        calls,real = [],getattr(layouts, parse[k])
         def counting(root, real=real, calls=calls):
             calls.append(root)
             return real(root)
         counting.__name__ = parse[k]
-        monkeypatch.setattr(data, parse[k], counting)
+        monkeypatch.setattr(layouts, parse[k], counting)
         first,again = (open_dataset(folders/k, "val", CLASSES) for _ in range(2))
         assert len(calls) == 1 and repr(first) == repr(again)
         for key,v in first.target(0).items(): assert torch.equal(v, again.target(0)[key]), key
@@ -528,6 +526,6 @@ def test_annotations_are_not_held_as_python_objects(tmp_path):
 
 
 def test_import_needs_no_notebook_tools():
-    code = "import sys, moi.data; print([m for m in ('nbdev', 'fastcore', 'matplotlib') if m in sys.modules])"
+    code = "import sys, moi.layouts; print([m for m in ('nbdev', 'fastcore', 'matplotlib') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

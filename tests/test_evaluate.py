@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moi.data import open_dataset
 from moi.evaluate import (
     COCO_NUMBERS,
     KITTI_LEVELS,
@@ -25,6 +24,7 @@ from moi.evaluate import (
     predict,
     voc_ap,
 )
+from moi.layouts import open_dataset
 
 ORACLES = Path(__file__).parent / "oracles"
 KITTI = ("Car", "Pedestrian", "Cyclist")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from moi import data, street
-from moi.data import open_dataset
-from moi.detector import build_detector
+from moi import street
+from moi.detector import DetectorSpec, build_detector
 from moi.evaluate import predict, voc_ap
+from moi.layouts import open_dataset
 from moi.street import CLASSES, write_street
-from moi.train import train_detector
+from moi.train import Training, train_detector
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(96, 96), (64, 160), (160, 64), (37, 53)]
@@ -80,7 +80,7 @@ def test_a_split_does_not_depend_on_the_size_of_another(tmp_path):
     small = street.write_street(tmp_path / "small", (64, 64), train=2, val=1, test=3)
     large = street.write_street(tmp_path / "large", (64, 64), train=5, val=2, test=4)
     for split, n in (("train", 2), ("val", 1), ("test", 3)):
-        a, b = (data.open_dataset(r, split=split, classes=street.CLASSES) for r in (small, large))
+        a, b = (open_dataset(r, split=split, classes=street.CLASSES) for r in (small, large))
         for i in range(n):
             assert torch.equal(a.image(i), b.image(i)) and torch.equal(a.target(i)["boxes"], b.target(i)["boxes"])
 
@@ -118,7 +118,7 @@ def test_a_killed_write_leaves_no_world_and_can_be_repeated(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(world)], cwd=ROOT, capture_output=True)
     assert done.returncode == 9 and not world.exists()
     assert street.write_street(world, (64, 64), train=2, val=1, test=1) == world
-    assert len(data.open_dataset(world, split="train", classes=street.CLASSES)) == 2
+    assert len(open_dataset(world, split="train", classes=street.CLASSES)) == 2
 
 
 def test_what_exists_is_not_overwritten(tmp_path):
@@ -136,9 +136,9 @@ def test_one_detector_scores_the_same_in_every_layout(tmp_path):
     size, scores = (64, 64), {}
     for layout in ("kitti", "voc", "coco"):
         write_street(tmp_path / layout, size, train=24, val=2, test=12, layout=layout)
-    detector = build_detector(CLASSES, width=.125, size=size, fpn_channels=16, head_channels=32,
-                              anchor_sizes=(12, 24, 48, 96, 192), roi_samples=32)
-    train_detector(detector, open_dataset(tmp_path / "kitti", "train", CLASSES), steps=60, batch=8, lr=5e-3, progress="")
+    detector = build_detector(DetectorSpec(CLASSES, size, width=.125, fpn_channels=16, head_channels=32,
+                                           anchors=(12, 24, 48, 96, 192), roi_samples=32))
+    train_detector(detector, open_dataset(tmp_path / "kitti", "train", CLASSES), Training(steps=60, batch=8, lr=5e-3), progress="")
     detector.roi_heads.score_thresh = .01
     for layout in ("kitti", "voc", "coco"):
         test = open_dataset(tmp_path / layout, "test", CLASSES)
