@@ -31,6 +31,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
     extras_require={"dev": cfg["dev_requirements"].split()},
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["**/*.txt"]},
