@@ -109,11 +109,13 @@ def paint_shard(
     laws:Laws, painting:Painting, # How targets are drawn and painted
     seed:int, # Of everything that is drawn
     student:FasterRCNN|None, # The student of the round before
-    engine:Engine
+    engine:Engine,
+    progress:bool=True # Show progress bars
 ) -> tuple: # Images `uint8[n,3,H,W]`, targets as the teacher confirms them, and the losses of the last step
     "Invent targets and paint them"
     targets = invent(teacher, n, laws, seed)
-    images, history = synthesise(teacher, targets, painting, student, seed, engine)
+    bar = "impressions" if progress else ""
+    images, history = synthesise(teacher, targets, painting, student, seed, engine, progress=bar)
     seen = predict(teacher, images, progress=False)
     return images, [adapt_targets(t, d, teacher.spec.size) for t, d in zip(targets, seen)], {k: v[-1] for k, v in history.items()}
 
@@ -126,6 +128,7 @@ def paint_transfer_set(
     number:int=0, # The round, from 0
     seed:int=0, # Of everything that is drawn
     engine:Engine|None=None, # Device, processes, precision; by default the accelerator where there is one
+    progress:bool=True, # Show progress bars
     **fields:object # Of the three specs, by name: `impressions=256`, `bn_prior=0.`
 ) -> Path: # The folder, a COCO dataset
     "Paint impressions, draw textures, write them down"
@@ -138,11 +141,11 @@ def paint_transfer_set(
     shards = shards_of(transfer, number)
     wanted = [i for i in range(len(shards)) if i not in shards_done(folder)]
     engine.wait() # every process has looked before the first writes
-    for i in tqdm(wanted[engine.process::engine.processes], desc="transfer set", disable=not engine.is_main):
+    for i in tqdm(wanted[engine.process::engine.processes], desc="transfer set", disable=not (progress and engine.is_main)):
         kind, first, n = shards[i]
         provenance = {"seed": step_seed(seed, first)}
         if kind == "impression":
-            images, targets, provenance["losses"] = paint_shard(teacher, n, laws, painting, provenance["seed"], student, engine)
+            images, targets, provenance["losses"] = paint_shard(teacher, n, laws, painting, provenance["seed"], student, engine, progress)
         else:
             provenance = {"seed": step_seed(seed, first, 1), "texture": transfer.texture_kind}
             images, targets = make_textures(n, teacher.spec.size, transfer.texture_kind, provenance["seed"]), [NOTHING] * n
@@ -161,6 +164,7 @@ def make_student(
     before:FasterRCNN|None=None, # The student of the round before, which goes on learning
     seed:int=0, # Of its start, and of everything that is drawn
     engine:Engine|None=None, # Device, processes, precision; by default the accelerator where there is one
+    progress:bool=True, # Show progress bars
     **fields:object # Of the two specs, by name: `widths="slim"`, `steps=3000`
 ) -> FasterRCNN: # In evaluation mode; `student.safetensors` in the folder, beside its `history.json`
     "Distil a student on a transfer set"
@@ -172,20 +176,22 @@ def make_student(
     begin(folder, student_key(teacher, transfer_sets, student, distilling, seed, engine.precision, before), engine.is_main)
     engine.wait()
     file = folder/"student.safetensors"
-    if not file.is_file(): _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine)
+    if not file.is_file(): _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, progress)
     engine.wait()
     return load_detector(file, engine.device)
 
 # %% ../nbs/18_compress.ipynb #44fe1676
-def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine): # a student into its folder, its history beside it
+def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, progress):
+    "A student into its folder, its history beside it"
     torch.manual_seed(step_seed(seed, 2))
     learner = build_detector(student_spec(teacher.spec, student))
     inherit.inherit(learner, teacher.cpu(), student)
     if before: learner.load_state_dict(before.state_dict())
     images = [Resized(open_transfer_set(f), teacher.spec.size, cache=True) for f in transfer_sets]
     learnt, held = hold_out(images, distilling.held_out, seed)
-    history = distill.distill(engine.place(learner), engine.place(teacher), learnt, distilling, held, hold_moments=student.inherit_body,
-        seed=seed, every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt")
+    history = distill.distill(engine.place(learner), engine.place(teacher), learnt, distilling, held, student.inherit_body,
+        seed=seed, every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt",
+        progress="distill" if progress else "")
     if not engine.is_main: return
     write_whole(folder/"history.json", json.dumps(history).encode())
     save_detector(learner, folder/"student.safetensors")

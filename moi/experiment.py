@@ -241,9 +241,10 @@ class Stages:
     def __init__(self,
         runs:Path, # The folder `runs`
         engine:Engine|None=None, # The processes of this run; none is this one alone
-        name:str="" # The run that uses them, which keeps a list
+        name:str="", # The run that uses them, which keeps a list
+        progress:bool=True # Show progress bars while they are made
     ):
-        self.runs, self.engine, self.name, self.used = Path(runs), engine, name, []
+        self.runs, self.engine, self.name, self.progress, self.used = Path(runs), engine, name, progress, []
         self.main = engine is None or engine.is_main
 
     def folder(self,
@@ -431,7 +432,7 @@ def make_teacher(
         torch.manual_seed(step_seed(s.world.seed, 1))
         teacher = engine.place(build_detector(spec, s.teacher.weights))
         history = train_detector(teacher, images, s.training, s.world.seed, engine=engine, checkpoint=folder/"training.pt",
-            judge=_val_judge(data.open(1)) if s.teacher.judged else None)
+            judge=_val_judge(data.open(1)) if s.teacher.judged else None, progress="teacher" if stages.progress else "")
         if engine.is_main:
             save_detector(teacher, folder/"teacher.safetensors")
             (folder/"training.pt").unlink(missing_ok=True) # nothing goes on from it any more
@@ -491,7 +492,7 @@ def paint(
     seed, engine = s.world.seed if seed is None else seed, stages.engine
     key = painting_key(teacher, s.transfer, s.laws, s.painting, seed, engine.precision, number, student)
     def make(folder):
-        paint_transfer_set(teacher, folder, s.transfer, s.laws, s.painting, student, number, seed, engine)
+        paint_transfer_set(teacher, folder, s.transfer, s.laws, s.painting, student, number, seed, engine, stages.progress)
         return {"images": len(open_transfer_set(folder))}
     amount = s.transfer.impressions / s.transfer.rounds * s.painting.steps * work(teacher.spec)
     return stages.make("transfer_set", key, make, shared=True, amount=amount)
@@ -508,7 +509,7 @@ def learn(
     plan, engine = plan_inheritance(teacher.spec, s.student)[0], stages.engine
     key = student_key(teacher, transfer_sets, plan, s.distilling, s.world.seed, engine.precision, before)
     def make(folder):
-        make_student(teacher, transfer_sets, folder, plan, s.distilling, before, s.world.seed, engine)
+        make_student(teacher, transfer_sets, folder, plan, s.distilling, before, s.world.seed, engine, stages.progress)
         return {"history": json.loads((folder/"history.json").read_text())}
     folder, record = stages.make("student", key, make, shared=True, amount=s.distilling.steps * s.distilling.batch * work(teacher.spec))
     return folder/"student.safetensors", record
@@ -543,7 +544,7 @@ def score(
     detector = load_detector(file, stages.engine.device)
     def make(folder):
         images = data.open(split)
-        targets, seen = [images.target(i) for i in range(len(images))], predict(detector, images)
+        targets, seen = [images.target(i) for i in range(len(images))], predict(detector, images, progress=stages.progress)
         return {"scores": summary(targets, seen, images.classes)}
     depends = {"detector": detector_hash(detector), "images": data.key(split), "version": evaluate.VERSION}
     return stages.make("scores", depends, make)[1]["scores"]
@@ -570,7 +571,7 @@ def agree(
     def one(file):
         student = load_detector(file, stages.engine.device)
         def make(folder):
-            seen = agreement(predict(teacher, pixels), predict(student, pixels), names).as_dict()["summary"]
+            seen = agreement(predict(teacher, pixels, progress=False), predict(student, pixels, progress=False), names).as_dict()["summary"]
             return {"agreement": {k: seen[k] for k in ("AP", "AP50")}}
         depends = {"teacher": detector_hash(teacher), "student": detector_hash(student), "images": set_hash(folder),
             "version": evaluate.VERSION}
@@ -601,13 +602,14 @@ def measure(
 # %% ../nbs/20_experiment.ipynb #fb118c20
 def run(
     parameters:Mapping[str, Any], # Parameters that differ from the defaults, or all
-    runs:Path|None=None # The folder `runs`; found by default
+    runs:Path|None=None, # The folder `runs`; found by default
+    progress:bool=True # Show progress bars
 ) -> dict: # What `result.json` holds, and the losses' histories under `history`
     "Run an experiment from end to end"
     p, runs = check_parameters(parameters), Path(runs or find_runs())
     s, engine = specs_of(p), Engine(**specs_of(p).engine)
     where = surroundings(engine) # before anything is done: the code that runs is that of now
-    given, stages, folder = given_teacher(s, runs), Stages(runs, engine, p["name"]), runs/p["name"]
+    given, stages, folder = given_teacher(s, runs), Stages(runs, engine, p["name"], progress), runs/p["name"]
     asked = {"student": s} | {k: specs_of(as_method(p, k)) for k in p["baselines"]}
     if given is not None: # what a student of it can't be is said before anything is made
         for q in asked.values(): plan_inheritance(given.spec, q.student)
@@ -710,11 +712,12 @@ def own_parameters(
 def street_teacher(
     runs:Path, # The folder `runs`
     device:str="auto", # Where it is trained
+    progress:bool=True, # Show progress bars
     **parameters:object # What differs from the quickstart's
 ) -> dict[str, Any]: # Parameters: `teacher`, what its file does not say, and `test`
     "Train the quickstart's teacher, and save it as torchvision's users do"
     p = check_parameters({"name": "street-teacher", "device": device, **parameters})
-    s, stages = specs_of(p), Stages(runs, Engine(**specs_of(p).engine), p["name"])
+    s, stages = specs_of(p), Stages(runs, Engine(**specs_of(p).engine), p["name"], progress)
     data, _ = open_data(s, stages)
     teacher, file = load_detector(make_teacher(s, data, stages)[0]), runs/p["name"]/"teacher.pth"
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
@@ -880,8 +883,9 @@ def describe_plan(
     lines = [f"{what(f):32} " + ("is there" if f.there else f"to be made  {minutes(f.seconds):>10}{memory(f)}") for f in found]
     todo = [f for f in found if not f.there]
     known, unknown = sum(f.seconds for f in todo if f.seconds is not None), sum(f.seconds is None for f in todo)
-    total = f"{len(todo)} of {len(found)} stages to be made, about {minutes(known)}"
-    if unknown: total += f"; {unknown} of a kind that was never made here, of which nothing can be said"
+    total = f"{len(todo)} of {len(found)} stages to be made"
+    if len(todo) > unknown: total += f", about {minutes(known)}"
+    if unknown: total += f"; how long {unknown} of them take cannot be said, as none of their kind was made here yet"
     return "\n".join([*lines, total])
 
 # %% ../nbs/20_experiment.ipynb #652b9eff

@@ -196,7 +196,7 @@ def adopt(
     classes:Sequence[str|None]|None=None, # Names by label, from label 1 on; `None` for an output that stands for nothing
     size:Sequence[int]|None=None, # `(height, width)` in pixels: where painting and distilling happen; the module's own by default
     source:str="", # Where it comes from, for messages
-    **fields # Fields of `DetectorSpec` that beat what was read; `rules` also as a dict of its fields
+    **fields:object # Fields of `DetectorSpec` that beat what was read; `rules` also as a dict of its fields
 ) -> FasterRCNN: # A copy with a `spec`: on the CPU, float32, in evaluation mode, without gradients
     "Make one of our detectors of somebody else's"
     source = source or type(detector).__name__
@@ -234,7 +234,7 @@ def load(
     size:Sequence[int]|None=None, # `(height, width)` in pixels: where painting and distilling happen; the file's or builder's by default
     builder:str|None=None, # One of `moi.importers.BUILDERS`; found by names and shapes where it is not given
     config:str|os.PathLike|None=None, # Reserved for checkpoints of other frameworks
-    **fields # Fields of `DetectorSpec` that beat what was read; `rules` also as a dict of its fields
+    **fields:object # Fields of `DetectorSpec` that beat what was read; `rules` also as a dict of its fields
 ) -> FasterRCNN: # With a `spec`: on the CPU, float32, in evaluation mode, without gradients
     "Make one of our detectors of a file"
     source = os.fspath(path)
