@@ -8,14 +8,18 @@ from torchvision.models.detection import FasterRCNN, fasterrcnn_mobilenet_v3_lar
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from moi.detector import build_detector, load_detector, weights_hash
-from moi.distill import RECIPES, check_pair, distill
+from moi.detector import DetectorSpec, build_detector, load_detector, weights_hash
+from moi.distill import RECIPES, Distilling, check_pair, distill
 from moi.experiment import read_parameters, run
 from moi.pseudo_targets import sample_targets
 
 SIZE = (64, 96)
-ANCHORS = {"size": SIZE, "anchor_sizes": (32, 64, 128, 256, 512), "head_channels": 32}  # torchvision's anchors
 PLAIN = {"num_classes": 3, "min_size": 64, "max_size": 96}
+
+
+def small(width, **fields):
+    "An untrained detector of two classes, with torchvision's anchors"
+    return build_detector(DetectorSpec(["a", "b"], SIZE, width=width, fpn_channels=16, head_channels=32, **fields))
 
 
 class Images(Dataset):
@@ -23,15 +27,15 @@ class Images(Dataset):
     def __init__(self):
         g = torch.Generator().manual_seed(0)
         self.images = torch.randint(0, 256, (4, 3, *SIZE), generator=g, dtype=torch.uint8)
-        self.targets = sample_targets(4, SIZE, 2, generator=g)
+        self.targets = sample_targets(4, SIZE, [1, 2], generator=g)
     def __len__(self): return 4
     def __getitem__(self, i): return self.images[i], self.targets[i]
 
 
-def learns(student, teacher, **more):
+def learns(student, teacher, recipe="moi", **more):
     "Two steps: finite losses, a changed student, an unchanged teacher; what the history holds"
     before, started = weights_hash(teacher), weights_hash(student)
-    history = distill(student, teacher, Images(), steps=2, batch=4, progress="", **more)
+    history = distill(student, teacher, Images(), Distilling(recipe, steps=2, batch=4), progress="", **more)
     assert all(torch.tensor(v).isfinite().all() for v in history.values())
     assert weights_hash(teacher) == before and weights_hash(student) != started
     return history
@@ -48,24 +52,24 @@ def users():
 
 def test_a_detector_that_torchvision_built_teaches_a_narrower_pyramid(users):
     assert any(isinstance(m, FrozenBatchNorm2d) for m in users.modules())
-    learns(build_detector(["a", "b"], width=.125, fpn_channels=16, **ANCHORS), users)
+    learns(small(.125), users)
 
 
 def test_a_mobilenet_learns_from_a_resnet50(users):
-    learns(build_detector(["a", "b"], "mobilenet_v3_large", .5, fpn_channels=16, **ANCHORS), users, held_out=Images(), every=1)
+    learns(small(.5, backbone="mobilenet_v3_large"), users, held_out=Images(), every=1)
 
 
 def test_other_levels_are_refused_in_a_sentence(users):
     other = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, **PLAIN)
     with pytest.raises(ValueError, match=r"this teacher can't teach this student: pyramid levels \(height, width\)"):
-        check_pair(build_detector(["a", "b"], width=.125, fpn_channels=16, **ANCHORS), other, SIZE)
+        check_pair(small(.125), other, SIZE)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs(recipe):
     torch.manual_seed(0)
-    teacher = build_detector(["a", "b"], width=.25, fpn_channels=16, **ANCHORS)
-    history = learns(build_detector(["a", "b"], width=.125, fpn_channels=16, **ANCHORS), teacher, recipe=recipe)
+    teacher = small(.25)
+    history = learns(small(.125), teacher, recipe)
     assert ("hint" in history) == (recipe == "chen2017") and ("loss_classifier" in history) == (recipe == "supervised")
 
 
@@ -78,17 +82,17 @@ def test_the_student_is_the_one_that_agrees_best(monkeypatch):
             return {"agreement": [.9, .2, .4, .3][len(seen) - 1]} # the first look is best, and too early to count
         return judge
     monkeypatch.setattr("moi.distill.agreement_judge", judge_of)
-    nets = [build_detector(["a", "b"], width=w, fpn_channels=16, **ANCHORS) for w in (.125, .25)]
-    distill(*nets, Images(), steps=4, batch=4, held_out=Images(), every=1, progress="")
+    nets = [small(.125), small(.25)]
+    distill(*nets, Images(), Distilling(steps=4, batch=4), Images(), every=1, progress="")
     assert len(set(seen)) == 4 and weights_hash(nets[0]) == seen[2]
 
 
 @pytest.mark.parametrize("ema", [0., .9])
 def test_held_moments_stay_held_when_the_student_is_judged(ema):
-    nets = [build_detector(["a", "b"], width=w, fpn_channels=16, **ANCHORS) for w in (.125, .25)]
+    nets = [small(.125), small(.25)]
     moments = lambda: [b.clone() for k, b in nets[0].named_buffers() if "running" in k]
     before = moments()
-    distill(*nets, Images(), steps=3, batch=4, ema=ema, hold_moments=True, held_out=Images(), every=1, progress="")
+    distill(*nets, Images(), Distilling(steps=3, batch=4, ema=ema), Images(), hold_moments=True, every=1, progress="")
     assert before and all(torch.equal(a, b) for a, b in zip(before, moments()))
 
 
@@ -106,7 +110,7 @@ def test_heads_that_are_frozen_stay_the_teachers(tmp_path):
 def test_compiled_backbones_give_the_same_run(tmp_path):
     "Up to the order of sums, which a few steps of AdamW enlarge; aot_eager, which needs no compiler of C++"
     tiny = read_parameters(Path(__file__).parents[1] / "nbs/experiments/params/tiny.yaml") | {"device": "cpu", "baselines": []}
-    plain, compiled = (run(tiny | {"name": n, "compile": c}, tmp_path)["history"] for n, c in (("plain", ""), ("compiled", "aot_eager")))
+    plain, compiled = (run(tiny | {"compile": c}, tmp_path / (c or "plain"))["history"] for c in ("", "aot_eager"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3 # teacher in training, teacher asked, student in training
     for who, losses in plain.items():
         for name, values in losses.items(): assert compiled[who][name] == pytest.approx(values, rel=1e-2, abs=1e-4), (who, name)
@@ -117,10 +121,10 @@ def test_a_recipe_that_learns_from_labels_leaves_none_out(recipe, places, monkey
     crowded = Images()
     crowded.targets[0] = {"boxes": torch.tensor([[4., 4., 30., 30.]]).repeat(20, 1), "labels": torch.ones(20, dtype=torch.int64)}
     asked = []
-    def remember(images, boxes, labels, *more):
+    def remember(images, boxes, labels, *more, **options):
         asked.append(boxes.shape[1])
         return images, boxes, labels
     monkeypatch.setattr("moi.distill.random_views", remember)
-    nets = [build_detector(["a", "b"], width=w, fpn_channels=16, **ANCHORS) for w in (.125, .25)]
-    distill(*nets, crowded, steps=1, batch=4, recipe=recipe, progress="")
+    nets = [small(.125), small(.25)]
+    distill(*nets, crowded, Distilling(recipe, steps=1, batch=4), progress="")
     assert asked == [places]

@@ -1,5 +1,6 @@
 "The experiment as its user meets it: parameters, papermill, a killed run, folders of one's own, a teacher of one's own"
 import ast
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -9,16 +10,31 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 
-from moi import experiment, street, train
-from moi.data import write_kitti, write_voc
-from moi.detector import load_detector, weights_hash
-from moi.experiment import PARAMETERS, check_parameters, find_runs, make_teacher, make_world, read_parameters, run, score
+from moi import distill, street, train
+from moi.detector import check_value, detector_hash, load_detector
+from moi.experiment import (
+    KINDS,
+    PARAMETERS,
+    Stages,
+    check_parameters,
+    default,
+    find_runs,
+    make_teacher,
+    open_data,
+    read_parameters,
+    run,
+    score,
+    specs_of,
+)
+from moi.layouts import write_kitti, write_voc
+from moi.train import Engine
 from moi.transfer_set import open_transfer_set
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +45,10 @@ DATA = {"name", "seed", "dataset", "data_root", "splits", "classes", "scenes", "
 SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged",
     "distill_steps", "distill_lr", "batch", "shard"}
 SAMPLING = {"objects", "area", "max_aspect", "box_prior", "overlap", "soft_labels", "beta"}
-SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "l2", "adapt", "rounds", "compete", "pixels"}
+SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "frozen_bn_prior", "l2", "adapt", "rounds", "compete", "pixels"}
 KILLED = """
 import itertools, os, signal, sys
-from moi import distill, experiment, train
+from moi import compress, distill, experiment, train
 
 def dies(function, n):
     "As `function`, but its `n`-th call is the last thing that the process does"
@@ -43,7 +59,7 @@ def dies(function, n):
     return called
 
 module, name, n, *arguments = sys.argv[1:]
-module = {"distill": distill, "experiment": experiment, "train": train}[module]
+module = {"compress": compress, "distill": distill, "train": train}[module]
 setattr(module, name, dies(getattr(module, name), int(n)))
 experiment.main(arguments)
 """
@@ -76,6 +92,9 @@ def contents(folder, but=()):
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def pixels(image): return hashlib.sha256(image.numpy().tobytes()).hexdigest()
+
+
 def result_of(root): return json.loads((root / "runs/tiny/result.json").read_text())
 
 
@@ -90,32 +109,53 @@ def finished(tmp_path_factory):
 
 # Parameters
 
+def annotation(name):
+    "What a notebook says of a parameter's type: that of its default, and of a list's entries"
+    field = PARAMETERS[name][1]
+    if not isinstance(field.default, tuple): return type(field.default).__name__
+    return f"list[{(type(field.default[0]) if field.default else field.metadata['of']).__name__}]"
+
+
 def test_the_notebook_spells_out_the_defaults():
     cell = papermill.inspect_notebook(str(ROOT / NOTEBOOK))
     assert list(cell) == list(PARAMETERS)
-    for name, p in PARAMETERS.items():
-        kind, value = type(p.default).__name__, ast.literal_eval(cell[name]["default"])
-        if kind == "list": kind = f"list[{type(p.default[0]).__name__ if p.default else 'str'}]"
-        assert (value, type(value)) == (p.default, type(p.default)), name
-        assert (cell[name]["inferred_type_name"], cell[name]["help"]) == (kind, p.help), name
+    for name, (_, field) in PARAMETERS.items():
+        value = ast.literal_eval(cell[name]["default"])
+        assert (value, type(value)) == (default(name), type(default(name))), name
+        assert (cell[name]["inferred_type_name"], cell[name]["help"]) == (annotation(name), field.metadata["help"]), name
+    for name, kind in {"size": "list[int]", "anchors": "list[float]", "classes": "list[str]", "widths": "str"}.items():
+        assert (default(name), cell[name]["inferred_type_name"]) == ("" if kind == "str" else [], kind)
+
+
+def test_a_parameter_is_a_field_of_one_spec():
+    "With a help, and with bounds or choices that its default keeps"
+    assert len(PARAMETERS) == sum(len(dataclasses.fields(kind)) for kind in KINDS.values())
+    for name, (kind, field) in PARAMETERS.items():
+        assert field in dataclasses.fields(KINDS[kind]) and name == (field.metadata["flat"] or field.name)
+        assert field.metadata["help"] and check_value(name, field.default, field) == field.default
+    specs = specs_of(check_parameters({}))
+    for kind, spec in KINDS.items():
+        if kind != "engine": assert getattr(specs, kind) == spec()
+    assert specs.engine == {f.name: f.default for f in dataclasses.fields(Engine)}
 
 
 def test_street_spells_out_the_defaults():
     given = read_parameters(ROOT / PARAMS / "street.yaml")
-    assert given | {"name": "quickstart"} == {k: p.default for k, p in PARAMETERS.items()}
-    assert all(type(given[k]) is type(p.default) for k, p in PARAMETERS.items())
+    assert list(given) == list(PARAMETERS) and given | {"name": "quickstart"} == {k: default(k) for k in PARAMETERS}
+    assert all(type(given[k]) is type(default(k)) for k in PARAMETERS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_file_of_parameters_is_accepted(file):
     given = read_parameters(file)
-    where = {} if given.get("dataset", "street") == "street" else {"data_root": "somewhere"}
+    dataset = given.get("dataset", "street")
+    where = {"street": {}, "none": {"teacher": "somewhere"}}.get(dataset, {"data_root": "somewhere"})
     assert check_parameters(where | given)["name"] == file.stem
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem != "tiny"], ids=lambda f: f.stem)
 def test_what_is_painted_is_the_same_for_every_dataset(file):
-    changed = {k for k, v in read_parameters(file).items() if v != PARAMETERS[k].default}
+    changed = {k for k, v in read_parameters(file).items() if v != default(k)}
     assert not changed & (SAMPLING | SYNTHESIS)
     if file.stem == "bccd": assert changed <= DATA | SCHEDULE
 
@@ -137,7 +177,8 @@ def test_papermill_stops_at_a_bad_parameter(tmp_path):
 
 def test_the_result_says_how_it_came_about(finished):
     result = result_of(finished)
-    assert {"params", "seed", "device", "versions", "commit", "stages", "metrics", "capacity", "switches"} <= set(result)
+    assert set(result) == {"params", "seed", "device", "versions", "commit", "stages", "metrics", "capacity", "latency", "switches",
+        "not_inherited", "weights"}
     assert result["params"] == check_parameters(read_parameters(ROOT / PARAMS / "tiny.yaml") | {"device": "cpu"})
     assert result["device"]["type"] == "cpu" and result["versions"]["torch"] == importlib.metadata.version("torch")
     metrics = result["metrics"]
@@ -150,16 +191,39 @@ def test_the_result_says_how_it_came_about(finished):
     assert all(s["seconds"] >= 0 for s in result["stages"].values())
     assert result["stages"]["transfer_set"]["images"] == 16
     assert set(result["switches"]) == {"bn_prior", "inherited_heads", "frozen_heads", "inherited_body", "textures", "photographs", "recipe"}
-    for part in result["capacity"].values():
-        assert set(part) == {"body", "fpn", "rpn", "heads", "total"}
+    capacity = result["capacity"]
+    assert set(capacity) == {"teacher", "student", "ratio"}
+    for who in ("teacher", "student"): assert set(capacity[who]) == {"body", "fpn", "rpn", "heads", "total"}
+    teacher, student = (capacity[who]["total"] for who in ("teacher", "student"))
+    assert capacity["ratio"] == {k: student[k] / teacher[k] for k in ("parameters", "flops")} # both propose as much here
+    assert set(result["latency"]) == {"teacher", "student"} and all(v["torch"] > 0 for v in result["latency"].values())
+    assert result["not_inherited"] == [] and set(result["weights"]) == {"teacher", "student"}
 
 
 def test_the_run_folder_holds_what_was_made(finished):
     folder = finished / "runs/tiny"
     for name in ("teacher", "student"):
-        assert weights_hash(load_detector(folder / f"{name}.safetensors")) == result_of(finished)["weights"][name]
-    assert len(open_transfer_set(folder / "transfer_set")) == 16
+        assert detector_hash(load_detector(folder / f"{name}.safetensors")) == result_of(finished)["weights"][name]
+    assert len(open_transfer_set(folder / "transfer_set")) == 16 and not (folder / "transfer_set_2").exists()
     assert not list((finished / "runs").rglob("*.part"))
+
+
+def test_the_run_folder_lists_its_stages(finished):
+    names = json.loads((finished / "runs/tiny/stages.json").read_text())
+    assert len(names) == len(set(names)) and set(names) == {f.name for f in (finished / "runs/stages").iterdir()}
+    kinds = Counter(n.rpartition("-")[0] for n in names)
+    assert kinds == {"world": 1, "teacher": 1, "transfer_set": 3, "student": 3, "scores": 6} # four on test, two on val
+    for name in names:
+        record = json.loads((finished / "runs/stages" / name / "stage.json").read_text())
+        assert record["kind"] == name.rpartition("-")[0] and record["seconds"] >= 0 and record["commits"], name
+
+
+def test_a_students_stage_holds_how_it_learnt(finished):
+    for folder in (finished / "runs/stages").glob("student-*"):
+        assert sorted(f.name for f in folder.iterdir()) == ["history.json", "made_from.json", "stage.json", "student.safetensors"]
+        record, made_from, history = (json.loads((folder / f"{n}.json").read_text()) for n in ("stage", "made_from", "history"))
+        assert record["history"] == history and record["depends"] == made_from
+        assert len(history["feat"]) == 4 and made_from["teacher"] == result_of(finished)["weights"]["teacher"]
 
 
 def test_the_executed_notebook_shows_pictures_and_no_error(finished):
@@ -206,7 +270,7 @@ def test_killed_three_times_it_ends_as_if_never_killed(finished, tmp_path):
         seen.update({p: p.stat().st_mtime_ns for p in whole})
 
     for place, expected in ((("train", "supervised_losses", 3), {"world"}),
-                            (("experiment", "paint_shard", 2), {"world", "teacher"}),
+                            (("compress", "paint_shard", 2), {"world", "teacher"}),
                             (("distill", "distill_losses", 3), {"world", "teacher", "transfer_set"})):
         done = python("-c", KILLED, *place, *arguments, cwd=root)
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -249,24 +313,32 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
 def test_a_judged_teacher_is_the_best_on_val_of_the_second_half_of_the_looks(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "fit", functools.partial(train.fit, every=50))
     tiny = read_parameters(ROOT / PARAMS / "tiny.yaml")
-    p = check_parameters(tiny | {"device": "cpu", "teacher_judged": True, "teacher_steps": 250, "teacher_ema": .9})
-    world = make_world(p, tmp_path)
-    file, record = make_teacher(p, tmp_path, world)
+    s = specs_of(check_parameters(tiny | {"device": "cpu", "teacher_judged": True, "teacher_steps": 250, "teacher_ema": .9}))
+    stages = Stages(tmp_path, Engine(**s.engine))
+    data, _ = open_data(s, stages)
+    file, record = make_teacher(s, data, stages)
     looks = record["history"]["val_AP50"]
     assert len(looks) == 5 and max(looks[2:]) > 0
-    assert max(looks[2:]) == score(p, tmp_path, file, world, 1)["AP50_voc"]
+    assert max(looks[2:]) == score(file, data, stages, split=1)["AP50_voc"]
 
 
 def test_what_a_round_holds_out_no_later_round_learns_from(tmp_path, monkeypatch):
-    parts, learn = [], experiment.distill
-    def remember(student, teacher, dataset, *more, held_out, **options):
-        parts.append((set(dataset.indices), set(held_out.indices)))
-        return learn(student, teacher, dataset, *more, held_out=held_out, **options)
-    monkeypatch.setattr(experiment, "distill", remember)
+    "Neither its places nor its pixels; each round's own images lie in a folder of their own"
+    parts, learn = [], distill.distill
+    def remember(student, teacher, dataset, distilling, held_out, *more, **options):
+        assert dataset.dataset is held_out.dataset
+        parts.append([(set(d.indices), {pixels(image) for image, _ in d}) for d in (dataset, held_out)])
+        return learn(student, teacher, dataset, distilling, held_out, *more, **options)
+    monkeypatch.setattr(distill, "distill", remember)
     run(read_parameters(ROOT / PARAMS / "tiny.yaml") | {"device": "cpu", "baselines": [], "rounds": 2}, tmp_path)
     (first, held), (second, still) = parts
-    assert held and held == still and first < second and not held & second
-    assert second | held == set(range(16))
+    for k in range(2): # by place, by content
+        assert held[k] and held[k] == still[k] and first[k] < second[k] and not held[k] & second[k]
+        assert len(first[k] | held[k]) == 12 and len(second[k] | held[k]) == 16
+    assert second[0] | held[0] == set(range(16))
+    sets = [open_transfer_set(tmp_path / "tiny" / n) for n in ("transfer_set", "transfer_set_2")]
+    painted = [{pixels(images.image(i)) for i in range(len(images))} for images in sets]
+    assert [len(p) for p in painted] == [12, 4] and held[1] < painted[0] and painted[0] | painted[1] == second[1] | held[1]
 
 
 @pytest.mark.parametrize("given", [{"recipe": "chen2017", "baselines": ["proxy"]}, {"photographs": "proxy", "baselines": ["chen2017"]}])
@@ -303,13 +375,61 @@ def test_a_folder_of_ones_own_and_a_teacher_of_ones_own(dataset, write, tmp_path
     images = open_transfer_set(tmp_path / "labelled/transfer_set")
     assert sum(len(images.target(i)["labels"]) for i in range(len(images))) > 0
 
+    trained = {f: f.stat().st_mtime_ns for f in (tmp_path / "stages").glob("teacher-*/*")}
     second = run(given | {"name": "again", "teacher": str(teacher)}, tmp_path)
-    assert second["stages"]["teacher"]["seconds"] == 0 and second["history"]["teacher"] == {}
+    assert second["history"]["teacher"] == {} and all(f.stat().st_mtime_ns == t for f, t in trained.items())
+    assert json.loads((tmp_path / "again/teacher.safetensors").resolve().with_name("stage.json").read_text())["depends"] == {
+        "given": first["weights"]["teacher"]}
     assert second["stages"]["student"]["reused"]  # the same teacher, hence the same impressions and student
     assert (second["weights"], second["metrics"]) == (first["weights"], first["metrics"])
     third = run(given | {"name": "wider", "teacher": str(teacher), "student_width": .25, "inherit_body": False}, tmp_path)
     assert not third["stages"]["student"]["reused"] and third["weights"]["teacher"] == first["weights"]["teacher"]
     assert teacher.is_file()
+
+
+def test_a_corrected_label_makes_anew_what_read_it_and_no_more(tmp_path):
+    "One of the test split the scores on test, one of the training split the teacher and all that came of it"
+    samples = [(f"{i:06}", *street.draw_scene((64, 64), i)) for i in range(14)]
+    ids = [s[0] for s in samples]
+    splits = {"train": ids[:6], "val": ids[6:10], "test": ids[10:]}
+    write_kitti(tmp_path / "data", samples, street.CLASSES, splits)
+    given = read_parameters(ROOT / PARAMS / "tiny.yaml") | {"device": "cpu", "dataset": "kitti", "data_root": str(tmp_path / "data"),
+        "classes": list(street.CLASSES), "impressions": 4, "textures": 4, "distill_steps": 2, "baselines": []}
+    def correct(split):
+        "The first object of a split is a little narrower than was said"
+        files = [tmp_path / "data/training/label_2" / f"{i}.txt" for i in splits[split]]
+        file = next(f for f in files if f.read_text())
+        first, *others = file.read_text().splitlines(keepends=True)
+        words = first.split(" ")
+        words[4] = f"{float(words[4]) + 1.5:.2f}"
+        file.write_text("".join([" ".join(words), *others]))
+    def scores(): return {f: json.loads(f.read_text())["depends"]["images"] for f in (tmp_path / "stages").glob("scores-*/stage.json")}
+    def reused(result): return {k: result["stages"][k]["reused"] for k in ("teacher", "transfer_set", "student")}
+
+    first, before = run(given, tmp_path), scores()
+    assert len(before) == 4 and not any(reused(first).values()) # teacher and student, on test and on val
+    assert all(reused(run(given, tmp_path)).values()) and scores() == before
+
+    correct("test")
+    second, after = run(given, tmp_path), scores()
+    assert all(reused(second).values()) and second["weights"] == first["weights"]
+    new = {f: after[f] for f in after.keys() - before.keys()}
+    assert len(new) == 2 and len({v["annotations"] for v in new.values()}) == 1 # teacher and student, on the corrected test split
+    assert not {v["annotations"] for v in new.values()} & {v["annotations"] for v in before.values()}
+    assert second["metrics"]["val"] == first["metrics"]["val"]
+
+    correct("val") # of the split to tune on, which nobody is tuned on here
+    assert all(reused(run(given, tmp_path)).values()) and len(scores()) == len(after) + 2
+
+    correct("train")
+    third = run(given, tmp_path)
+    assert not any(reused(third).values())
+    assert third["weights"]["teacher"] != first["weights"]["teacher"] and third["weights"]["student"] != first["weights"]["student"]
+
+    judged = given | {"name": "judged", "teacher_judged": True}
+    assert reused(run(judged, tmp_path)) == {"teacher": False, "transfer_set": True, "student": True} # one look: the same teacher again
+    correct("val") # which chose that teacher
+    assert not reused(run(judged, tmp_path))["teacher"] and reused(run(given, tmp_path))["teacher"]
 
 
 def test_the_ablation_notebook_compares_levers_on_val(tmp_path):

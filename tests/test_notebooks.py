@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TIME_LIMIT = 300  # seconds; a notebook is meant to take under 60
+TIME_LIMIT = 1800  # seconds; a notebook is meant to take under 60, and a machine may be busy
 
 
 def notebooks():

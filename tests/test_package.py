@@ -1,4 +1,5 @@
-"What is installed is the whole package and nothing else, and it imports where there is neither nbdev nor Jupyter"
+"What is installed is the whole package and nothing else; it imports where there is neither nbdev nor Jupyter, and its command runs"
+import os
 import shutil
 import subprocess
 import sys
@@ -97,9 +98,38 @@ def test_the_wheel_is_the_package_and_no_more(dist):
     assert not any(r.startswith(("nbdev", "fastcore", "pytest", "ruff")) for r in needed)
 
 
-def test_the_installed_wheel_imports_without_nbdev_or_jupyter(dist, tmp_path):
-    run("-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path / "site", next(dist.glob("*.whl")))
+def test_the_wheel_declares_the_command(dist):
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
+        points = next(n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
+        declared = ConfigParser(delimiters=["="])
+        declared.read_string(wheel.read(points).decode())
+    assert dict(declared["console_scripts"]) == {"moi": "moi.experiment:cli"}
+
+
+@pytest.fixture(scope="module")
+def installed(dist):
+    "A folder outside the repository, with the wheel installed in its `site`"
+    there = dist / "there"
+    there.mkdir()
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--target", there / "site", next(dist.glob("*.whl")))
+    return there
+
+
+def test_the_installed_wheel_imports_without_nbdev_or_jupyter(installed):
     run_there = "import sys; sys.path.insert(0, 'site')\n" + IMPORT_ALL
-    version, file = run("-c", run_there, " ".join(UNWANTED), " ".join(MODULES), cwd=tmp_path).splitlines()
+    version, file = run("-c", run_there, " ".join(UNWANTED), " ".join(MODULES), cwd=installed).splitlines()
     assert version == settings()["version"]
-    assert (tmp_path / file).is_relative_to(tmp_path / "site")
+    assert (installed / file).is_relative_to(installed / "site")
+
+
+def test_the_installed_command_runs(installed):
+    "The script itself, and what it calls; its exit code is what the command says"
+    elsewhere = os.environ | {"PYTHONPATH": str(installed / "site")}
+    (script,) = (p for p in (installed / "site").rglob("moi*") if p.parent.name in ("bin", "Scripts"))
+    done = subprocess.run([sys.executable, script, "--help"], cwd=installed, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 0 and all(word in done.stdout for word in ("run", "compress", "check", "clean")), done.stderr
+    done = subprocess.run([sys.executable, script, "check", "nowhere"], cwd=installed, env=elsewhere, capture_output=True, text=True)
+    assert done.returncode == 1 and "nowhere" in done.stderr
+    call = "import moi; from moi.experiment import cli; print(moi.__file__); cli(['run', '--help'])"
+    shown = run("-c", call, cwd=installed, env=elsewhere)
+    assert Path(shown.splitlines()[0]).is_relative_to(installed / "site") and "distill_steps" in shown

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from moi.detector import detector_hash, load_detector
+from moi.transfer_set import set_hash
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "nbs/experiments/params/tiny.yaml"
 MORE = ("-p", "device", "cpu", "-p", "distill_steps", "8", "-p", "baselines", "[]")
@@ -77,6 +80,8 @@ def test_two_processes_paint_the_same_images_and_teach_the_same_student(alone, t
     root = layout(tmp_path, of=alone, kinds=["world", "teacher"])
     on_two(root)
     assert contents(stage(root, "transfer_set")) == contents(stage(alone, "transfer_set"))
+    written = sorted(p.name for p in stage(root, "student").iterdir())
+    assert written == ["history.json", "made_from.json", "stage.json", "student.safetensors"]
     ours, theirs = history(root, "student"), history(alone, "student")
     assert list(ours) == list(theirs) and len(ours["feat"]) == 8
     for name in ("feat", "rpn_cls", "rpn_box", "roi_cls", "roi_box", "distance"):
@@ -111,12 +116,21 @@ def test_killed_in_distillation_it_ends_with_the_same_bits(call, alone, tmp_path
 
 
 def test_rounds_paint_more_after_a_first_student(alone, tmp_path):
+    "Into a folder of their own each; the student goes on from the first round's, on the images of both"
     root = layout(tmp_path, of=alone, kinds=["world", "teacher"])
     code, said = start(root, "-m", "moi.experiment", "-f", TINY, *MORE, "-p", "rounds", 2)
     assert code == 0, said
-    sets = {json.loads((f / "stage.json").read_text())["depends"]["round"]: f for f in (root / "runs/stages").glob("transfer_set-*")}
+    sets = {json.loads((f / "made_from.json").read_text())["transfer"]["round"]: f for f in (root / "runs/stages").glob("transfer_set-*")}
     numbers = {k: {p.name for p in (f / "images").iterdir()} for k, f in sets.items()}
-    assert set(numbers) == {0, 1} and len(numbers[0]) == 12 and len(numbers[1]) == 16 and numbers[0] < numbers[1]
-    record = json.loads((sets[1] / "shards/0002.json").read_text())
-    assert "compete" in record["provenance"]["losses"]
-    assert (root / "runs/tiny/transfer_set").resolve() == sets[1].resolve()
+    assert set(numbers) == {0, 1} and len(numbers[0]) == 12 and len(numbers[1]) == 4 and not numbers[0] & numbers[1]
+    shards = {k: [json.loads(s.read_text())["provenance"]["losses"] for s in (f / "shards").iterdir()] for k, f in sets.items()}
+    seek = {k: {"compete" in losses for losses in v} for k, v in shards.items()}
+    assert seek == {0: {False}, 1: {True}} # only the second round's seek what a student does not know
+    links = {n: (root / "runs/tiny" / n).resolve() for n in ("transfer_set", "transfer_set_2")}
+    assert links == {"transfer_set": sets[0].resolve(), "transfer_set_2": sets[1].resolve()}
+    made_from = [json.loads(f.read_text()) for f in (root / "runs/stages").glob("student-*/made_from.json")]
+    first, second = sorted(made_from, key=lambda m: len(m["transfer_sets"]))
+    assert first["transfer_sets"] == [set_hash(sets[0])] and second["transfer_sets"] == [set_hash(sets[0]), set_hash(sets[1])]
+    students = {detector_hash(load_detector(f)) for f in (root / "runs/stages").glob("student-*/student.safetensors")}
+    assert "before" not in first and second["before"] in students
+    assert json.loads((sets[1] / "made_from.json").read_text())["student"] == second["before"]

@@ -1,0 +1,36 @@
+"Results worth citing stay readable: those of version 0.1 have fewer keys, and none that was renamed"
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "results").rglob("result.json"))
+RUNS = [f for f in FILES if "benchmark" not in f.parts]  # a benchmark's results are seconds
+
+
+def read(file): return json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_there_are_results():
+    assert len(RUNS) > 50 and len(FILES) > len(RUNS)
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.parent.relative_to(ROOT / "results").as_posix())
+def test_a_result_says_what_came_out_and_how(file):
+    result = read(file)
+    for name in ("teacher", "student"):
+        for k in ("AP", "AP50"):
+            assert type(result["metrics"][name][k]) is float and 0 <= result["metrics"][name][k] <= 1
+        total = result["capacity"][name]["total"]
+        assert total["parameters"] > 0 and total["flops"] > 0 and len(result["weights"][name]) == 12
+    kept = result["metrics"]["retention"]["AP"]
+    assert math.isclose(kept, result["metrics"]["student"]["AP"] / result["metrics"]["teacher"]["AP"])
+    assert {"params", "seed", "switches", "stages", "device", "versions", "commit"} <= set(result)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f not in RUNS], ids=lambda f: f.parent.relative_to(ROOT / "results").as_posix())
+def test_a_benchmark_says_how_long_and_where(file):
+    result = read(file)
+    assert {"seconds", "device", "params", "versions", "commit"} <= set(result)
