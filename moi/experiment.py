@@ -181,7 +181,7 @@ def check_parameters(
     p = {k: check_value(f"parameter {k!r}", given.get(k, default(k)), f) for k, (_, f) in PARAMETERS.items()}
     p = {k: list(v) if isinstance(v, tuple) else v for k, v in p.items()}
     s = specs_of(p)
-    if not p["name"] or Path(p["name"]).name != p["name"] or p["name"] == "stages":
+    if Path(p["name"]).name != p["name"] or p["name"] in ("", ".", "..", "stages"):
         raise ValueError(f"parameter 'name' is {p['name']!r}; it names a folder under runs/, without a slash, and not 'stages'")
     _check_images(p, s)
     for q in (p, *(as_method(p, m) for m in p["baselines"])):
