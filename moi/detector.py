@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RESNETS', 'MOBILENETS', 'BACKBONES', 'TAPS', 'COARSE', 'parameter', 'check_value', 'key_of', 'did_you_mean', 'Spec',
            'change', 'Rules', 'DetectorSpec', 'taps', 'ScaledResNet', 'bin_cells', 'GatherRoIAlign',
-           'ChannelsLastMLPHead', 'read_state', 'load_backbone', 'build_pyramid', 'set_norms', 'build_rpn_head',
-           'build_box_head', 'build_detector', 'silence', 'evaluating', 'frozen', 'plain', 'spec_to_json',
-           'spec_from_json', 'save_detector', 'load_detector', 'check_shapes', 'fill', 'weights_hash', 'detector_hash']
+           'ChannelsLastMLPHead', 'read_state', 'load_backbone', 'build_mobilenet', 'build_pyramid', 'set_norms',
+           'build_rpn_head', 'build_box_head', 'build_detector', 'silence', 'evaluating', 'frozen', 'plain',
+           'spec_to_json', 'spec_from_json', 'save_detector', 'load_detector', 'check_shapes', 'fill', 'weights_hash',
+           'detector_hash']
 
 # %% ../nbs/03_detector.ipynb #9fd75fc1
 import contextlib
@@ -344,6 +345,18 @@ def load_backbone(
         raise ValueError(f"weights {weights!r} do not fit this {backbone} (torchvision's weights need width 1): {e}") from e
     return body
 
+# %% ../nbs/03_detector.ipynb #24163a06
+def build_mobilenet(
+    backbone:str, # A key of `MOBILENETS`
+    width:float # Channel multiplier
+) -> nn.Module:
+    "torchvision's MobileNet, with the residual connections that it has at width 1, at any width"
+    body = MOBILENETS[backbone](width_mult=width)
+    with torch.device("meta"): whole = MOBILENETS[backbone]()
+    for block, reference in zip(body.features, whole.features):
+        if hasattr(block, "use_res_connect"): block.use_res_connect = reference.use_res_connect
+    return body
+
 # %% ../nbs/03_detector.ipynb #9bd9dda4
 def build_pyramid(
     spec:DetectorSpec,
@@ -355,7 +368,7 @@ def build_pyramid(
         body = ScaledResNet(spec.backbone, spec.width)
         sizes = [body.inplanes // 2**(4 - int(n[-1])) for n in names]
     else:
-        body = MOBILENETS[spec.backbone](width_mult=spec.width)
+        body = build_mobilenet(spec.backbone, spec.width)
         sizes = [body.features[int(n)].out_channels for n in names]
     if weights: load_backbone(body, spec.backbone, weights)
     if spec.backbone in MOBILENETS: body = body.features
