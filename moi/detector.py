@@ -436,6 +436,8 @@ def build_detector(
         image_mean=list(r.mean), image_std=list(r.std), min_size=min(spec.size), max_size=max(spec.size), **sides)
     detector.spec = spec
     silence(detector)
+    thin = [m for m in detector.modules() if isinstance(m, nn.Conv2d) and m.in_channels < 16 and m.kernel_size == (1, 1) != m.stride]
+    if thin: return detector # oneDNN's gradient of such a layer writes past its memory where channels are last (its issue 6035)
     return detector.to(memory_format=torch.channels_last) # on a CPU convolutions are faster so, and pooling need not turn maps around
 
 # %% ../nbs/03_detector.ipynb #52a6ad86

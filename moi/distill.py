@@ -169,7 +169,7 @@ def distill_losses(
         logits_t, deltas_t = roi_outputs(teacher, theirs, regions, size)
     ours = features(student, images)
     rpn_s, (logits, deltas) = rpn_outputs(student, ours), roi_outputs(student, ours, regions, size)
-    levels, levels_t = [adapt(x) if adapt else x for x in ours.values()], list(theirs.values())
+    levels, levels_t = [(adapt(x) if adapt else x).float() for x in ours.values()], [x.float() for x in theirs.values()]
     soft, rpn = 1 - w["hard"], cache(lambda: rpn_losses(rpn_s, rpn_t))
     found = {
         "feat": lambda: feature_loss(levels, levels_t),
@@ -249,7 +249,7 @@ class Distilling(Spec):
     recipe:str|Mapping = parameter("moi", "What the student follows: a recipe of moi.distill", choices=tuple(RECIPES), kinds=(dict,))
     mix:float = parameter(.5, "Share of the views into which a rectangle of another is pasted", 0, 1)
     held_out:int = parameter(8, "Images of the transfer set that the student is judged on instead of learning from them", 0, 10**6)
-    steps:int = parameter(600, "Steps of the distillation", 1, flat="distill_steps")
+    steps:int = parameter(600, "Steps of the distillation; 0 leaves the student as it starts", 0, flat="distill_steps")
     batch:int = parameter(8, "Images a step of the distillation", 1, 4096)
     lr:float = parameter(.002, "AdamW's largest learning rate for the student", 0, 1, flat="distill_lr")
     ema:float = parameter(.99, "Decay of the moving average of the student's weights a step", 0, .99999)
@@ -266,6 +266,7 @@ def distill(
     distilling:Distilling=Distilling(), # Recipe, steps and rates
     held_out=None, # Images that the student does not learn from, but is judged on (see `agreement_judge`)
     hold_moments:bool=False, # Leave the student's BatchNorm moments as they are
+    adapt:nn.Module|None=None, # From `adaptation`, perhaps with a start of its own; made anew by default, and thrown away at the end
     seed:int=0, # Order of the images, views and regions
     every:int=200, # Steps between two looks
     objects:int=12, # Pseudo-targets of an image that count, at most; all where the recipe learns from labels
@@ -279,7 +280,8 @@ def distill(
     labelled = learns_from_labels(w)
     if labelled: objects = max(objects, *(len(dataset[i][1]["labels"]) for i in range(len(dataset))))
     check_pair(student, teacher, tuple(dataset[0][0].shape[-2:]))
-    adapt = adaptation(student, teacher, w)
+    if not d.steps: return {}
+    adapt = adapt or adaptation(student, teacher, w)
     def losses(batch, generator):
         images, targets = batch[0].to(device).float() / 255, pad_targets(batch[1], objects, device)
         seen = random_views(images, *targets, generator, d.mix, padding="border" if labelled else "reflection")

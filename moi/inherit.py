@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'WIDTHS', 'NORMS', 'StudentSpec', 'student_spec', 'Wire', 'resnet_wires', 'mobilenet_wires', 'wires_of',
-           'box_head_wires', 'importance', 'keep_channels', 'inherit_layers', 'plan_inheritance', 'inherit']
+           'box_head_wires', 'importance', 'keep_channels', 'inherit_layers', 'plan_inheritance', 'inherit', 'Moments',
+           'readings', 'put', 'scaled', 'Watch', 'sums', 'open_heads', 'reconstruct', 'solve_adaptation']
 
 # %% ../nbs/15_inherit.ipynb #a095823a
 import dataclasses
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d
 
-from .detector import BACKBONES, RESNETS, DetectorSpec, Spec, parameter, taps
+from .detector import BACKBONES, RESNETS, DetectorSpec, Spec, evaluating, parameter, taps
+from .outputs import anchors_of, features, roi_outputs, rpn_outputs
+from .regions import propose, shared_regions
 
 # %% ../nbs/15_inherit.ipynb #90862d1e
 VERSION = 2 # In the keys of stages: raised when the same spec gives other bytes
@@ -34,6 +39,8 @@ class StudentSpec(Spec):
     inherit_heads:bool = parameter(True, "Start the student's RPN and box head from the teacher's")
     freeze_heads:bool = parameter(True, "Leave inherited heads as they are, where they are whole")
     inherit_body:bool = parameter(True, "Start the student's backbone and pyramid from the teacher's most important channels, if served")
+    reconstruct:bool = parameter(False, "Solve what is inherited on the transfer set, so that it gives what the teacher's channels give",
+        before=False)
 
     def factors(self) -> dict[str, float]:
         "The factor of each part; of the body's nothing where `width` is given instead"
@@ -208,7 +215,8 @@ def inherit_layers(
                 if w.name.startswith("backbone.fpn.inner"): columns = columns * (theirs[name].shape[1] / len(kept[w.into]))
                 theirs[name] = columns.flatten(1, 2)
             if tensor.shape != theirs[name].shape:
-                raise ValueError(f"{w.name}.{name} can't be inherited: {tuple(tensor.shape)} in the student, {tuple(theirs[name].shape)} kept")
+                shapes = tuple(tensor.shape), tuple(theirs[name].shape)
+                raise ValueError(f"{w.name}.{name} can't be inherited: {shapes[0]} in the student, {shapes[1]} kept")
             tensor.copy_(theirs[name])
     return student
 
@@ -218,7 +226,7 @@ def plan_inheritance(
     spec:StudentSpec
 ) -> tuple[StudentSpec, list[str]]: # The spec with what is not served switched off, and why
     "What a student of this teacher can inherit"
-    student, off, why = student_spec(teacher, spec), {}, []
+    student, why = student_spec(teacher, spec), []
     widths = ("width", "fpn_channels", "rpn_channels", "head_channels", "box_channels")
     ours, theirs = ({k: getattr(d, k) or d.fpn_channels for k in widths} for d in (student, teacher))
     body, heads = spec.inherit_body, spec.inherit_heads
@@ -254,3 +262,188 @@ def inherit(
     inherit_layers(student, teacher, kept, chosen)
     for part in (student.rpn, student.roi_heads) if spec.inherit_heads and spec.freeze_heads else (): part.requires_grad_(False)
     return kept if spec.inherit_body else {}
+
+# %% ../nbs/15_inherit.ipynb #91b7aa27
+class Moments:
+    "Sums over what a layer reads and what it is to give, from which it is solved"
+    def __init__(self): self.xx, self.xy = 0., 0.
+
+    def add(self,
+        x:Tensor, # `[G,n,D]`: `n` readings of `D` numbers, for each of `G` sets of outputs that read apart (1, or a depthwise's channels)
+        y:Tensor # `[G,n,K]`: what is to be given
+    ):
+        "Take readings in"
+        x = nn.functional.pad(x.double(), (0, 1), value=1.) # the last is the intercept's
+        self.xx, self.xy = self.xx + x.mT @ x, self.xy + x.mT @ y.double()
+
+    def solve(self,
+        start:Tensor, # `[G,D,K]`: the weights to stay near to
+        ridge:float=1e-2 # How near, as a share of the readings' mean square
+    ) -> tuple[Tensor, Tensor]: # Weights `[G,D,K]` and intercepts `[G,K]`
+        "The weights that give it best"
+        stay = ridge * self.xx.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp(min=1e-12)[:, None]
+        stay = nn.functional.pad(stay.expand(-1, start.shape[1]), (0, 1), value=1e-9)                 # [G,D+1]
+        near = nn.functional.pad(start.double(), (0, 0, 0, 1))
+        found = torch.linalg.solve(self.xx + torch.diag_embed(stay), self.xy + stay[..., None] * near)
+        return found[:, :-1].float(), found[:, -1].float()
+
+# %% ../nbs/15_inherit.ipynb #e24d05c2
+def readings(
+    layer:nn.Module, # A convolution or a linear layer
+    x:Tensor, # What it reads: `[B,C,h,w]` or `[B,D]`
+    y:Tensor, # What it is to give: `[B,K,h',w']` or `[B,K]`
+    generator:torch.Generator, # Randomness, on the CPU
+    most:int=4096 # Places looked at, drawn at random
+) -> tuple[Tensor, Tensor]: # As `Moments.add` takes them
+    "What a layer reads and is to give, place by place"
+    if isinstance(layer, nn.Linear): return x[None], y[None]
+    x = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)          # [B,C*k*k,L]
+    x, y = x.transpose(1, 2).flatten(0, 1), y.flatten(2).transpose(1, 2).flatten(0, 1)                  # [B*L,...]
+    if len(x) > most:
+        some = torch.randperm(len(x), generator=generator)[:most].to(x.device)
+        x, y = x[some], y[some]
+    if layer.groups == 1: return x[None], y[None]
+    return x.unflatten(1, (layer.groups, -1)).transpose(0, 1), y.T[..., None]                           # a depthwise convolution
+
+# %% ../nbs/15_inherit.ipynb #87f2f65a
+@torch.no_grad()
+def put(
+    layer:nn.Module, norm:nn.Module|None, # Changed in place; the norm that follows, in evaluation mode
+    weights:Tensor, intercept:Tensor # From `Moments.solve`: of both together
+):
+    "Write solved weights into a layer, through the norm that follows it"
+    weights, intercept = weights.permute(0, 2, 1).flatten(0, 1).view_as(layer.weight), intercept.flatten()
+    if norm is None: layer.bias.copy_(intercept)
+    else:
+        deviation = (norm.running_var + norm.eps).sqrt()
+        dead = norm.weight.abs() < 1e-3 * deviation # what it passes on is too little to be scaled
+        norm.weight.copy_(torch.where(dead, deviation, norm.weight))
+        scale = norm.weight / deviation
+        norm.bias.copy_(intercept + scale * norm.running_mean)
+        weights = weights / scale.view(-1, *[1] * (weights.dim() - 1))
+    layer.weight.copy_(weights)
+
+def scaled(
+    layer:nn.Module, norm:nn.Module|None # As for `put`
+) -> Tensor: # `[G,D,K]`
+    "A layer's weights as they act together with the norm that follows"
+    w = layer.weight.flatten(1)
+    if norm is not None: w = w * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]
+    groups = getattr(layer, "groups", 1)
+    return w.unflatten(0, (groups, -1)).transpose(1, 2)
+
+# %% ../nbs/15_inherit.ipynb #43ca0111
+class Watch:
+    "Notes what modules read and give while a detector is asked"
+    def __init__(self,
+        detector:nn.Module,
+        names:Sequence[str] # Modules to watch
+    ):
+        self.read, self.given, self.handles = {}, {}, []
+        for name in names:
+            note = lambda module, inputs, output, name=name: self._note(name, inputs[0], output)
+            self.handles.append(detector.get_submodule(name).register_forward_hook(note))
+
+    def _note(self, name, x, y): # several times where a module is asked several times; a clone, as blocks add in place
+        for book, value in ((self.read, x), (self.given, y)):
+            if isinstance(value, Tensor): book.setdefault(name, []).append(value.clone())
+
+    def __enter__(self): return self
+    def __exit__(self, *error):
+        for h in self.handles: h.remove()
+
+# %% ../nbs/15_inherit.ipynb #d570edbb
+def sums(
+    detector:nn.Module,
+    wires:list[Wire] # From `wires_of`
+) -> dict[str, tuple[str, str]]: # For the last layer of a branch: the module that gives the other branch, and `"given"` or `"read"`
+    "What branches are added to"
+    found = {}
+    for name, block in detector.backbone.body.named_modules():
+        path = f"backbone.body.{name}"
+        inside = [w.name for w in wires if w.name.startswith(f"{path}.") and not w.norm and ".downsample" not in w.name]
+        if hasattr(block, "downsample"):
+            found[inside[-1]] = (path, "read") if block.downsample is None else (f"{path}.downsample", "given")
+        elif getattr(block, "use_res_connect", False): found[inside[-1]] = (path, "read")
+    return found
+
+# %% ../nbs/15_inherit.ipynb #3ab54855
+@contextlib.contextmanager
+def open_heads(
+    *detectors:nn.Module
+) -> Iterator[None]:
+    "Inside the `with`, box heads ask their layers one after the other, so that these can be watched"
+    heads = [d.roi_heads.box_head for d in detectors]
+    for d, head in zip(detectors, heads):
+        if isinstance(head, TwoMLPHead):
+            d.roi_heads.box_head = TwoMLPHead(1, 1)
+            d.roi_heads.box_head.fc6, d.roi_heads.box_head.fc7 = head.fc6, head.fc7
+    try: yield
+    finally:
+        for d, head in zip(detectors, heads): d.roi_heads.box_head = head
+
+# %% ../nbs/15_inherit.ipynb #ebe44616
+@torch.no_grad()
+def reconstruct(
+    student:nn.Module, # Inherited (see `inherit`); changed in place, in evaluation mode meanwhile
+    teacher:nn.Module, # On the same device; left as it is
+    kept:Mapping[str, Tensor], # From `inherit`
+    images:Callable[[], Iterable[Tensor]], # Gives the same batches `float32[B,3,H,W]` in [0,1] each time that it is called
+    heads:bool=True, # Solve RPN and box head as well as body and pyramid
+    ridge:float=1e-2 # As for `Moments.solve`
+) -> nn.Module: # `student`
+    "Solve every inherited layer so that, from what it reads itself, it gives what the teacher's kept channels give"
+    wires, boxes = wires_of(teacher), [_boxes(teacher, x, k) for k, x in enumerate(images())]
+    norms = {w.name: after.name for w, after in zip(wires, wires[1:]) if after.norm}
+    added, generator = sums(teacher, wires), torch.Generator().manual_seed(0)
+    inner = [w for w in wires if "fpn.inner" in w.name and not w.norm]
+    order = [w for w in wires if not w.norm and "squeezed" not in w.into + w.out and (heads or w.name.startswith("backbone."))]
+    for w, coarse in zip([w for w in order if w in inner], reversed(inner)): order[order.index(w)] = coarse # the pyramid's way is down
+    with evaluating(student), evaluating(teacher), open_heads(student, teacher):
+        for w in order:
+            layer, norm = (student.get_submodule(n) if n else None for n in (w.name, norms.get(w.name)))
+            moments, other = Moments(), added.get(w.name)
+            for x, at in zip(images(), boxes):
+                for reads, gives in _asked(student, teacher, w, norms, other, x, at, kept):
+                    moments.add(*readings(layer, reads, gives, generator))
+            put(layer, norm, *moments.solve(scaled(layer, norm), ridge))
+    return student
+
+# %% ../nbs/15_inherit.ipynb #470d96f1
+def _boxes(teacher, images, seed): # where the box heads are asked: the teacher's proposals, and anywhere
+    size, view = tuple(images.shape[-2:]), features(teacher, images)
+    proposed = propose(teacher, *rpn_outputs(teacher, view), anchors_of(teacher, view, size), size)
+    nothing = (torch.zeros(len(images), 1, *rest, device=images.device) for rest in ((4,), ()))
+    return shared_regions(proposed, *nothing, size, torch.Generator().manual_seed(seed))
+
+def _asked(student, teacher, w, norms, other, images, boxes, kept): # pairs of what a layer reads and what it is to give
+    gives, part = norms.get(w.name, w.name), w.name.split(".")[0]
+    below = w.name.replace("inner_blocks", "layer_blocks") if "fpn.inner" in w.name else None # where the sum of the way down is read
+    names = {w.name, gives, *([other[0]] if other else []), *([below] if below else [])}
+    with Watch(student, sorted(names)) as ours, Watch(teacher, sorted(names)) as theirs:
+        for d in (student, teacher):
+            view = features(d, images)
+            if part == "rpn": rpn_outputs(d, view)
+            if part == "roi_heads": roi_outputs(d, view, boxes, tuple(images.shape[-2:]))
+    take = lambda x: x[:, kept[w.out]] if w.out else x
+    for k, x in enumerate(ours.read[w.name]):
+        y = take(theirs.given[gives][k])
+        if other: y = y + take(getattr(theirs, other[1])[other[0]][k]) - getattr(ours, other[1])[other[0]][k]
+        if below: y = take(theirs.read[below][k]) - (ours.read[below][k] - ours.given[gives][k])
+        yield x, y
+
+# %% ../nbs/15_inherit.ipynb #9c0c085f
+@torch.no_grad()
+def solve_adaptation(
+    adapt:nn.Module, # A 1x1 convolution from the student's pyramid to the teacher's; changed in place
+    student:nn.Module, teacher:nn.Module, # On one device
+    images:Callable[[], Iterable[Tensor]] # As for `reconstruct`
+) -> nn.Module: # `adapt`
+    "Start an adaptation as the best guess of the teacher's pyramid from the student's"
+    moments, generator = Moments(), torch.Generator().manual_seed(0)
+    with evaluating(student), evaluating(teacher):
+        for x in images():
+            for ours, theirs in zip(features(student, x).values(), features(teacher, x).values()):
+                moments.add(*readings(adapt, ours, theirs, generator))
+    put(adapt, None, *moments.solve(0 * scaled(adapt, None)))
+    return adapt

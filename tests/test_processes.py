@@ -123,8 +123,9 @@ def test_rounds_paint_more_after_a_first_student(alone, tmp_path):
     sets = {json.loads((f / "made_from.json").read_text())["transfer"]["round"]: f for f in (root / "runs/stages").glob("transfer_set-*")}
     numbers = {k: {p.name for p in (f / "images").iterdir()} for k, f in sets.items()}
     assert set(numbers) == {0, 1} and len(numbers[0]) == 12 and len(numbers[1]) == 4 and not numbers[0] & numbers[1]
-    shards = {k: [json.loads(s.read_text())["provenance"]["losses"] for s in (f / "shards").iterdir()] for k, f in sets.items()}
-    seek = {k: {"compete" in losses for losses in v} for k, v in shards.items()}
+    shards = {k: [json.loads(s.read_text()) for s in (f / "shards").iterdir()] for k, f in sets.items()}
+    assert {k: {s["kind"] for s in v} for k, v in shards.items()} == {0: {"impression", "texture"}, 1: {"impression"}}
+    seek = {k: {"compete" in s["provenance"]["losses"] for s in v if s["kind"] == "impression"} for k, v in shards.items()}
     assert seek == {0: {False}, 1: {True}} # only the second round's seek what a student does not know
     links = {n: (root / "runs/tiny" / n).resolve() for n in ("transfer_set", "transfer_set_2")}
     assert links == {"transfer_set": sets[0].resolve(), "transfer_set_2": sets[1].resolve()}

@@ -31,8 +31,9 @@ from moi.train import Engine, Training, train_detector
 
 PLAIN = {int, float, bool, None, type(None), torch.Tensor, torch.Generator, torch.device, nn.Module, FasterRCNN, Engine, Ellipsis}
 HOLDERS = {tuple, list, dict, typing.Union, types.UnionType, collections.abc.Sequence, collections.abc.Mapping} # of allowed things alone
-WORDS = { # What a text may be: a choice, a class's name, a name for people to read; none is opened
-    "backbone", "box_prior", "classes", "kind", "precision", "progress", "recipe", "source", "texture_kind", "widths"}
+WORDS = { # What a text may be: a choice, a class's name, a layer's, a name for people to read; none is opened
+    "backbone", "box_prior", "classes", "into", "kind", "name", "names", "out", "precision", "progress", "recipe", "source",
+    "texture_kind", "widths"}
 FOLDERS = { # The only places on disk: transfer sets, and where a function writes to and resumes
     "moi.compress.begin": {"folder"},
     "moi.compress.paint_transfer_set": {"folder"},
@@ -49,6 +50,9 @@ TRANSFER_SETS = { # The only objects without a type, or of an open one, that giv
     "moi.distill.distill": {"dataset", "held_out"},
     "moi.distill.agreement_judge": {"held_out"},
     "moi.compress.hold_out": {"images"},
+    "moi.compress.calibration": {"images"},
+    "moi.inherit.reconstruct": {"images"},
+    "moi.inherit.solve_adaptation": {"images"},
 }
 FIELDS = { # Any name at all, but refused unless it is a field of a spec
     "moi.teachers.adopt": {"fields"},
@@ -83,10 +87,13 @@ def objections(name, function):
     def judge(p, kind): # why a type is not allowed, or nothing
         origin, inside = typing.get_origin(kind), typing.get_args(kind)
         if kind in PLAIN or inspect.isclass(kind) and issubclass(kind, Spec): return
+        if inspect.isclass(kind) and hasattr(kind, "_fields"): # a named tuple is what it holds
+            return next(filter(None, (judge(f, k) for f, k in typing.get_type_hints(kind).items())), None)
         if kind is str: return None if p in WORDS else "a text that is not on the list of words"
         if inspect.isclass(kind) and issubclass(kind, os.PathLike): return "a path"
         if kind in HOLDERS: return None if excused(LOOSE, p) else "it may hold anything"
         if origin is collections.abc.Callable: return next(filter(None, (judge(p, k) for k in [*inside[0], inside[1]])), None)
+        if origin in (dict, collections.abc.Mapping) and inside[0] is str: inside = inside[1:] # its keys are names
         if origin in HOLDERS: return next(filter(None, (judge(p, k) for k in inside)), None)
         return f"{kind} is not on the list of types"
     for p, parameter in inspect.signature(function).parameters.items():
@@ -129,7 +136,10 @@ class Photographs: "A dataset, as anybody may have one"
     ({"images": collections.abc.Iterable[torch.Tensor]}, "images: .*Iterable"),
     ({"read": collections.abc.Callable[[Path], torch.Tensor]}, "read: a path"),
     ({"params": dict}, "params: it may hold anything"),
-    ({"params": dict[int, object]}, "params: .*object"),
+    ({"params": dict[str, object]}, "params: .*object"),
+    ({"folders": collections.abc.Mapping[str, Path]}, "folders: a path"),
+    ({"places": dict[str, str]}, "places: a text"),
+    ({"place": typing.NamedTuple("Place", [("n", int), ("root", Path)])}, "place: a path"),
     ({"images": collections.abc.Sequence}, "images: it may hold anything"),
     ({"anything": object}, "anything: .*object"),
     ({"anything": typing.Any}, "anything: .*Any"),
