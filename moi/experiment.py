@@ -66,6 +66,7 @@ METHODS = { # What each method changes in a run's parameters
     "real": {"photographs": "real"},
     "supervised": {"photographs": "real", "recipe": "supervised", "freeze_heads": False},
     "chen2017": {"recipe": "chen2017", "freeze_heads": False},
+    "inherited": {"distill_steps": 0},
 }
 
 # %% ../nbs/20_experiment.ipynb #f33667d7
