@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'painting_key', 'student_key', 'begin', 'invent', 'paint_shard', 'paint_transfer_set', 'make_student',
-           'calibration', 'hold_out']
+           'calibration', 'hold_out', 'set_proposals', 'fewest_proposals']
 
 # %% ../nbs/18_compress.ipynb #710be065
+import dataclasses
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from .augment import random_views, step_seed
 from .data import Resized, write_whole
 from .detector import build_detector, change, detector_hash, key_of, load_detector, save_detector
 from .distill import Distilling, check_recipe
-from .evaluate import predict
+from .evaluate import agreement, predict
 from .impressions import Painting, adapt_targets, synthesise
 from .inherit import StudentSpec, plan_inheritance, student_spec
 from .pseudo_targets import Laws, class_similarity, preferred_targets, sample_targets
@@ -200,6 +201,7 @@ def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, en
     history = distill.distill(learner, teacher, learnt, distilling, held, student.inherit_body, adapt, seed,
         every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt", progress="distill" if progress else "")
     if not engine.is_main: return
+    if student.proposals < 0 and held: set_proposals(learner, fewest_proposals(learner, [held[i][0] for i in range(len(held))]))
     write_whole(folder/"history.json", json.dumps(history).encode())
     save_detector(learner, folder/"student.safetensors")
     (folder/"training.pt").unlink(missing_ok=True) # nothing goes on from it any more
@@ -232,3 +234,29 @@ def hold_out(
     order = torch.randperm(first, generator=torch.Generator().manual_seed(step_seed(seed, 4))).tolist()
     order, held = [*order, *range(first, len(every))], min(n, first // 4)
     return Subset(every, order[held:]), Subset(every, order[:held]) if held else None
+
+# %% ../nbs/18_compress.ipynb #6aa328c1
+def set_proposals(
+    detector:FasterRCNN, # With a spec; changed in place
+    n:int # Proposals of an image in test
+) -> FasterRCNN: # `detector`
+    "Have a detector propose so many regions in test"
+    detector.spec = dataclasses.replace(detector.spec, test_proposals=n)
+    detector.rpn._post_nms_top_n["testing"] = n
+    return detector
+
+# %% ../nbs/18_compress.ipynb #45e90031
+def fewest_proposals(
+    detector:FasterRCNN, # With a spec; left as it is
+    images:Sequence, # `uint8[3,H,W]`, such as impressions that it did not learn from
+    enough:float=.99, # Agreement (AP) with itself as it is
+    among:Sequence[int]=(50, 100, 200, 300, 500) # Numbers tried, rising
+) -> int: # One of `among`, or as many as it has
+    "The fewest proposals at which a detector says what it says with all of them"
+    given, names = detector.spec.test_proposals, [str(k) for k in range(len(detector.spec.classes))]
+    seen = predict(detector, images, progress=False)
+    try:
+        for n in (n for n in among if n < given):
+            if agreement(seen, predict(set_proposals(detector, n), images, progress=False), names).AP >= enough: return n
+    finally: set_proposals(detector, given)
+    return given

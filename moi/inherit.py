@@ -36,6 +36,8 @@ class StudentSpec(Spec):
     width:float = parameter(0., "Channel multiplier of the student's backbone; 0 leaves it to widths", 0, 4, flat="student_width")
     widths:str|float|Mapping = parameter("", "half (the body), slim (every part), a factor, or one each for body, fpn, rpn, head",
         kinds=(float, int, dict))
+    proposals:int = parameter(0, "Student's proposals in test; 0 means the teacher's, -1 as few as tell the same on held-out impressions",
+        -1, 10**5, flat="student_proposals", before=0)
     inherit_heads:bool = parameter(True, "Start the student's RPN and box head from the teacher's")
     freeze_heads:bool = parameter(True, "Leave inherited heads as they are, where they are whole")
     inherit_body:bool = parameter(True, "Start the student's backbone and pyramid from the teacher's most important channels, if served")
@@ -75,6 +77,7 @@ def student_spec(
     fields = dict(backbone=family, width=width, fpn_channels=scaled(t.fpn_channels, "fpn"), head_channels=scaled(t.head_channels, "head"))
     rpn = scaled(t.rpn_channels or t.fpn_channels, "rpn")
     fields["rpn_channels"] = 0 if rpn == fields["fpn_channels"] else rpn
+    if spec.proposals > 0: fields["test_proposals"] = spec.proposals
     if t.box_convs: fields["box_channels"] = scaled(t.box_channels or t.fpn_channels, "head")
     fields["rules"] = dataclasses.replace(r, norm="batch", eps=r.eps or None) # an eps of 0 cannot learn
     try: return dataclasses.replace(t, **fields)

@@ -51,6 +51,7 @@ TRANSFER_SETS = { # The only objects without a type, or of an open one, that giv
     "moi.distill.agreement_judge": {"held_out"},
     "moi.compress.hold_out": {"images"},
     "moi.compress.calibration": {"images"},
+    "moi.compress.fewest_proposals": {"images"},
     "moi.inherit.reconstruct": {"images"},
     "moi.inherit.solve_adaptation": {"images"},
 }
