@@ -32,7 +32,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     entry_points={"console_scripts": cfg["console_scripts"].split()},
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={kind: cfg[f"{kind}_requirements"].split() for kind in ("export", "dev")},
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["**/*.txt"]},
     include_package_data=False,
