@@ -6,10 +6,10 @@
 __all__ = ['METHODS', 'KINDS', 'PARAMETERS', 'OWN_TEACHER', 'as_method', 'World', 'TeacherSpec', 'Comparison', 'Specs', 'default',
            'specs_of', 'check_parameters', 'notebook_parameters', 'refuse_unknown', 'find_runs', 'Stages', 'Peak',
            'commit', 'Data', 'open_data', 'find_folder', 'folder_and_split', 'given_teacher', 'make_teacher', 'work',
-           'photograph_set', 'paint', 'learn', 'compress', 'score', 'agree', 'measure', 'run', 'data_of', 'pictures',
-           'about', 'link', 'surroundings', 'own_parameters', 'street_teacher', 'photographs', 'Planned', 'plan',
-           'Missing', 'Planner', 'Kept', 'stages_kept', 'read_parameters', 'add_run_options', 'run_command',
-           'describe_plan', 'main', 'cli', 'clean']
+           'photograph_set', 'paint', 'learn', 'compress', 'score', 'agree', 'measure', 'leave', 'measure_left', 'run',
+           'data_of', 'pictures', 'about', 'link', 'surroundings', 'own_parameters', 'street_teacher', 'photographs',
+           'Planned', 'plan', 'Missing', 'Planner', 'Kept', 'stages_kept', 'read_parameters', 'add_run_options',
+           'run_command', 'describe_plan', 'main', 'cli', 'clean']
 
 # %% ../nbs/20_experiment.ipynb #2d9dc87d
 import argparse
@@ -34,10 +34,11 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import nn
 from torch.utils.data import ConcatDataset
 from torchvision.models.detection import FasterRCNN
 
-from . import evaluate, street, teachers, train
+from . import evaluate, export, street, teachers, train
 from .augment import step_seed
 from .compress import make_student, paint_transfer_set, painting_key, student_key
 from .data import DetectionDataset, Resized, find_images, read_image, write_whole
@@ -45,6 +46,7 @@ from .detector import (BACKBONES, DetectorSpec, Spec, build_detector, change, ch
     load_detector, parameter, save_detector)
 from .distill import Distilling, learns_from_labels
 from .evaluate import agreement, coco_ap, predict, voc_ap
+from .export import OnnxDetector, export_onnx, quantize
 from .impressions import Painting
 from .inherit import StudentSpec, plan_inheritance
 from .layouts import COCODataset, KITTIDataset, VOCDataset, check, open_dataset
@@ -97,6 +99,7 @@ class World(Spec):
         32, 4096, length=2, of=int)
     test:str = parameter("", "dataset none: a folder of labelled images to test on, in any layout, and its split after a colon; or nothing")
     look:str = parameter("", "dataset none: a folder of photographs, unlabelled, to look at teacher and student on; or nothing")
+    export:tuple[str, ...] = parameter((), "Forms in which teacher and student leave as well: onnx, int8", choices=("onnx", "int8"))
     agreement:int = parameter(32, "dataset none: impressions painted afterwards, to compare student and teacher on; 0 for none", 0, 10**6)
 
 # %% ../nbs/20_experiment.ipynb #b2ddd2e8
@@ -346,6 +349,11 @@ class Data:
             raise ValueError(f"no object of the classes {wanted} is in {data.split} of {data.root}; there are {there}")
         return data
 
+    @property
+    def labelled(self) -> bool:
+        "Whether there are labelled images to report on"
+        return self.world.dataset != "none" or bool(self.world.test)
+
     def key(self,
         split:int # As for `open`
     ) -> dict: # Plain values
@@ -536,18 +544,18 @@ def compress(
 
 # %% ../nbs/20_experiment.ipynb #22c5aecc
 def score(
-    file:Path, # A detector
+    detector:nn.Module, # On its own device
+    key:str, # A name for exactly this detector
     data:Data,
     stages:Stages,
     split:int=2 # 2 to report, 1 to tune
 ) -> dict: # `AP`, `AP50` (COCO's, fractions), VOC's `AP50_voc` and `AP50_voc11`, and `per_class`
     "Evaluate a detector on one split"
-    detector = load_detector(file, stages.engine.device)
     def make(folder):
         images = data.open(split)
         targets, seen = [images.target(i) for i in range(len(images))], predict(detector, images, progress=stages.progress)
         return {"scores": summary(targets, seen, images.classes)}
-    depends = {"detector": detector_hash(detector), "images": data.key(split), "version": evaluate.VERSION}
+    depends = {"detector": key, "images": data.key(split), "version": evaluate.VERSION}
     return stages.make("scores", depends, make)[1]["scores"]
 
 # %% ../nbs/20_experiment.ipynb #78ea1e3c
@@ -588,17 +596,59 @@ def measure(
     stages:Stages
 ) -> dict: # Scores of each on the test split, of teacher and student on `val`, `retention`; `agreement`; what cannot be known is absent
     "The metrics of a run"
-    metrics, labelled = {}, s.world.dataset != "none"
-    if labelled or s.world.test:
-        metrics = {k: score(f, data, stages) for k, f in detectors.items()}
+    metrics = {}
+    loaded = {k: load_detector(f, stages.engine.device) for k, f in detectors.items()}
+    grade = lambda k, split=2: score(loaded[k], detector_hash(loaded[k]), data, stages, split)
+    if data.labelled:
+        metrics = {k: grade(k) for k in loaded}
         kept = lambda k: metrics["student"][k] / metrics["teacher"][k] if metrics["teacher"][k] else None
         metrics["retention"] = {k: kept(k) for k in ("AP", "AP50")}
-    if labelled: metrics["val"] = {k: score(detectors[k], data, stages, split=1) for k in ("teacher", "student")}
+    if s.world.dataset != "none": metrics["val"] = {k: grade(k, 1) for k in ("teacher", "student")}
     elif s.world.agreement:
         found = agree(s, teacher, {k: f for k, f in detectors.items() if k != "teacher"}, stages)
         metrics["agreement"] = found.pop("student")
         for name, value in found.items(): metrics.setdefault(name, {})["agreement"] = value
     return metrics
+
+# %% ../nbs/20_experiment.ipynb #5ca15b86
+def leave(
+    s:Specs,
+    detectors:Mapping[str, Path], # Files by name; `teacher` and `student` among them
+    transfer_set:Path, # What INT8 is calibrated on
+    stages:Stages
+) -> dict[str, dict[str, Path]]: # For teacher and student a file for each form
+    "Teacher and student in the forms that were asked for"
+    def one(name):
+        def make(folder):
+            export_onnx(load_detector(detectors[name]), folder/"detector.onnx")
+            if "int8" in s.world.export: quantize(folder/"detector.onnx", transfer_set, folder/"int8.onnx")
+        key = {"detector": detector_hash(load_detector(detectors[name])), "version": export.VERSION}
+        if "int8" in s.world.export: key["calibrated on"] = set_hash(transfer_set)
+        folder, _ = stages.make("export", key, make)
+        files = {"onnx": folder/"detector.onnx", "int8": folder/"int8.onnx"}
+        return {form: files[form] for form in s.world.export}
+    return {name: one(name) for name in ("teacher", "student") if s.world.export}
+
+def measure_left(
+    left:Mapping[str, Mapping[str, Path]], # From `leave`
+    student:Path, # The student's file
+    data:Data,
+    transfer_set:Path, # Looked at where there are no test images
+    stages:Stages
+) -> dict: # `teacher_int8` and `student_int8` on the test split, and `agreement_int8`
+    "The metrics of what left in INT8"
+    metrics, small = {}, {k: files["int8"] for k, files in left.items() if "int8" in files}
+    name = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    if data.labelled: metrics = {f"{k}_int8": score(OnnxDetector(f), name(f), data, stages) for k, f in small.items()}
+    if not small: return metrics
+    images, whole = pictures(data, transfer_set, 200), load_detector(student, stages.engine.device)
+    def make(folder):
+        seen = [predict(d, images, progress=False) for d in (whole, OnnxDetector(small["student"]))]
+        found = agreement(*seen, [f"output {k}" for k, _ in enumerate(whole.spec.classes, 1)]).as_dict()["summary"]
+        return {"agreement": {k: found[k] for k in ("AP", "AP50")}}
+    of = data.key(2) if data.labelled else {"images": set_hash(transfer_set)}
+    key = {"detector": detector_hash(whole), "int8": name(small["student"]), "of": of, "version": evaluate.VERSION}
+    return metrics | {"agreement_int8": stages.make("agreement", key, make)[1]["agreement"]}
 
 # %% ../nbs/20_experiment.ipynb #fb118c20
 def run(
@@ -622,6 +672,8 @@ def run(
     done = {k: compress(q, teacher, data, stages) for k, q in asked.items()}
     start, detectors = time.perf_counter(), {"teacher": file} | {k: d[2] for k, d in done.items()}
     metrics = measure(s, teacher, detectors, data, stages)
+    left = leave(s, detectors, done["student"][0][0], stages)
+    metrics |= measure_left(left, detectors["student"], data, done["student"][0][0], stages)
     label = lambda stage, k: stage if k == "student" else f"{stage}_{k}"
     made = {"world": world, "teacher": trained} | {label("transfer_set", k): d[1] for k, d in done.items()}
     made |= {label("student", k): d[3] for k, d in done.items()} | {"scores": {"seconds": round(time.perf_counter() - start, 2)}}
@@ -630,7 +682,9 @@ def run(
     if engine.is_main:
         for i, f in enumerate(done["student"][0], 1): link(f, folder/("transfer_set" if i == 1 else f"transfer_set_{i}"))
         for name in ("teacher", "student"): link(detectors[name], folder/f"{name}.safetensors")
-        result |= about(s, teacher, load_detector(detectors["student"], engine.device), pictures(data, done["student"][0][0]))
+        for name, files in left.items():
+            for form, f in files.items(): link(f, folder/(f"{name}.onnx" if form == "onnx" else f"{name}_{form}.onnx"))
+        result |= about(s, teacher, load_detector(detectors["student"], engine.device), pictures(data, done["student"][0][0]), left)
         write_whole(folder/"result.json", json.dumps(result, indent=1, sort_keys=True).encode())
     return result | {"history": {"teacher": trained.get("history", {})} | {k: d[3]["history"] for k, d in done.items()}}
 
@@ -658,8 +712,9 @@ def pictures(
 def about(
     s:Specs,
     teacher:FasterRCNN, student:FasterRCNN,
-    images:Sequence # `uint8[3,H,W]`, on which latency is measured
-) -> dict: # `capacity`, `latency` (ms), `weights` (a hash of each), `switches`, `not_inherited`
+    images:Sequence, # `uint8[3,H,W]`, on which latency is measured
+    left:Mapping[str, Mapping[str, Path]] # From `leave`
+) -> dict: # `capacity`, `latency` (ms), `bytes`, `weights` (a hash of each), `switches`, `not_inherited`
     "What was compared, and under which conditions"
     both, (plan, why) = {"teacher": teacher, "student": student}, plan_inheritance(teacher.spec, s.student)
     switches = {"bn_prior": s.painting.prior(teacher) > 0, "inherited_heads": plan.inherit_heads,
@@ -668,8 +723,12 @@ def about(
     costs, proposals = {k: capacity(d) for k, d in both.items()}, student.spec.test_proposals
     same = {k: capacity(d, proposals=proposals)["total"] for k, d in both.items()}
     ratio = {what: same["student"][what] / same["teacher"][what] for what in ("parameters", "flops")}
-    took = latency(both, [image.float() / 255 for image in images])
-    return {"capacity": costs | {"ratio": ratio}, "latency": {k: {"torch": round(v, 2)} for k, v in took.items()}, "switches": switches,
+    forms = {(k, "torch"): d for k, d in both.items()}
+    forms |= {(k, form): OnnxDetector(f) for k, files in left.items() for form, f in files.items()}
+    took = latency(forms, [image.float() / 255 for image in images])
+    times = {k: {form: round(ms, 2) for (of, form), ms in took.items() if of == k} for k in both}
+    sizes = {k: {form: f.stat().st_size for form, f in files.items()} for k, files in left.items()}
+    return {"capacity": costs | {"ratio": ratio}, "latency": times, "bytes": sizes, "switches": switches,
         "not_inherited": why, "weights": {k: detector_hash(d) for k, d in both.items()}}
 
 # %% ../nbs/20_experiment.ipynb #95170c4b
