@@ -714,7 +714,7 @@ def about(
     teacher:FasterRCNN, student:FasterRCNN,
     images:Sequence, # `uint8[3,H,W]`, on which latency is measured
     left:Mapping[str, Mapping[str, Path]] # From `leave`
-) -> dict: # `capacity`, `latency` (ms), `bytes`, `weights` (a hash of each), `switches`, `not_inherited`
+) -> dict: # `capacity`, `latency` (ms), `weights` (a hash of each), `switches`, `not_inherited`; `bytes` of what left
     "What was compared, and under which conditions"
     both, (plan, why) = {"teacher": teacher, "student": student}, plan_inheritance(teacher.spec, s.student)
     switches = {"bn_prior": s.painting.prior(teacher) > 0, "inherited_heads": plan.inherit_heads,
@@ -728,8 +728,9 @@ def about(
     took = latency(forms, [image.float() / 255 for image in images])
     times = {k: {form: round(ms, 2) for (of, form), ms in took.items() if of == k} for k in both}
     sizes = {k: {form: f.stat().st_size for form, f in files.items()} for k, files in left.items()}
-    return {"capacity": costs | {"ratio": ratio}, "latency": times, "bytes": sizes, "switches": switches,
-        "not_inherited": why, "weights": {k: detector_hash(d) for k, d in both.items()}}
+    found = {"capacity": costs | {"ratio": ratio}, "latency": times, "switches": switches, "not_inherited": why,
+        "weights": {k: detector_hash(d) for k, d in both.items()}}
+    return found | {"bytes": sizes} if sizes else found
 
 # %% ../nbs/20_experiment.ipynb #95170c4b
 def link(
