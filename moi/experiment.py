@@ -46,7 +46,7 @@ from .detector import (BACKBONES, DetectorSpec, Spec, build_detector, change, ch
     load_detector, parameter, save_detector)
 from .distill import Distilling, learns_from_labels
 from .evaluate import agreement, coco_ap, predict, voc_ap
-from .export import OnnxDetector, export_onnx, quantize
+from .export import OnnxDetector, export_onnx, extra, quantize
 from .impressions import Painting
 from .inherit import StudentSpec, plan_inheritance
 from .layouts import COCODataset, KITTIDataset, VOCDataset, check, open_dataset
@@ -659,6 +659,7 @@ def run(
     "Run an experiment from end to end"
     p, runs = check_parameters(parameters), Path(runs or find_runs())
     s, engine = specs_of(p), Engine(**specs_of(p).engine)
+    if s.world.export: extra("onnx", "onnxruntime") # whose absence is said before anything is made
     where = surroundings(engine) # before anything is done: the code that runs is that of now
     given, stages, folder = given_teacher(s, runs), Stages(runs, engine, p["name"], progress), runs/p["name"]
     asked = {"student": s} | {k: specs_of(as_method(p, k)) for k in p["baselines"]}
@@ -923,7 +924,7 @@ def run_command(
         parameters = check_parameters(parameters | {k: yaml.safe_load(v) for k, v in options.parameter})
         if options.plan: return print(describe_plan(plan(parameters)))
         result = run(parameters)
-    except (ValueError, FileNotFoundError) as e: parser.exit(2, f"{parser.prog}: {e}\n")
+    except (ValueError, FileNotFoundError, ImportError) as e: parser.exit(2, f"{parser.prog}: {e}\n")
     accelerator = Engine(**specs_of(parameters).engine).accelerator
     if accelerator: accelerator.end_training()
     if accelerator and not accelerator.is_main_process: return

@@ -232,3 +232,11 @@ def test_compress_refuses_in_a_sentence(capsys, here):
         code, _, said = moi(capsys, "compress", *words)
         assert code == 2 and message in said and "Traceback" not in said, words
     assert not list((here / "runs").iterdir())
+
+
+def test_what_exporting_needs_is_said_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None) # as if it were not installed
+    with pytest.raises(SystemExit) as left: cli(["run", "-p", "export", "[onnx]"])
+    assert left.value.code == 2 and "pip install 'moi[export]'" in capsys.readouterr().err
+    assert not (tmp_path / "runs/stages").exists()
