@@ -7,7 +7,7 @@ __all__ = ['KITTI_CLASSES', 'KITTI_NEIGHBOURS', 'KITTI_NAMES', 'KITTI_COLUMNS', 
            'kitti_text', 'write_kitti', 'kitti_rows', 'is_number', 'find_pairs', 'parse_kitti', 'kitti_place',
            'read_list', 'KITTIDataset', 'write_voc', 'voc_tree', 'voc_objects', 'voc_lines', 'voc_place', 'parse_voc',
            'VOCDataset', 'voc_folders', 'coco_entry', 'write_coco', 'parse_coco', 'coco_place', 'coco_table',
-           'coco_row', 'find_coco', 'find_coco_images', 'COCODataset', 'write_coco_results', 'used_labels', 'recognise',
+           'coco_row', 'find_coco', 'find_coco_images', 'COCODataset', 'write_coco_results', 'recognise',
            'open_dataset', 'Report', 'check']
 
 # %% ../nbs/01_layouts.ipynb #03660174
@@ -588,13 +588,6 @@ def write_coco_results(
             results.append({"image_id": id, "category_id": category, "bbox": box, "score": score})
     if file is not None: Path(file).write_text(json.dumps(results))
     return results
-
-# %% ../nbs/01_layouts.ipynb #6f4b19a3
-def used_labels(
-    categories:Sequence[str] # Names of a detector's outputs, background first: `weights.meta["categories"]`
-) -> tuple[int,...]:
-    "Those outputs of a detector that stand for a class"
-    return tuple(k for k,name in enumerate(categories) if k and name not in ("N/A", "__background__"))
 
 # %% ../nbs/01_layouts.ipynb #eae60b7d
 LAYOUTS = {"KITTI": ("label_2/", "training/label_2/"),
