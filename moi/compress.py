@@ -21,7 +21,7 @@ from torchvision.models.detection import FasterRCNN
 from tqdm.auto import tqdm
 
 from . import distill, impressions, inherit, pseudo_targets, textures
-from .augment import random_views, step_seed
+from .augment import random_affine, step_seed, view
 from .data import Resized, write_whole
 from .detector import build_detector, change, detector_hash, key_of, load_detector, save_detector
 from .distill import Distilling, check_recipe
@@ -29,7 +29,6 @@ from .evaluate import agreement, predict
 from .impressions import Painting, adapt_targets, synthesise
 from .inherit import StudentSpec, plan_inheritance, student_spec
 from .pseudo_targets import Laws, class_similarity, preferred_targets, sample_targets
-from .regions import pad_targets
 from .textures import make_textures
 from .train import Engine
 from .transfer_set import NOTHING, TransferSpec, join_shards, open_transfer_set, set_hash, shards_done, shards_of, write_shard
@@ -188,16 +187,14 @@ def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, en
     "A student into its folder, its history beside it"
     torch.manual_seed(step_seed(seed, 2))
     learner = build_detector(student_spec(teacher.spec, student))
-    kept = inherit.inherit(learner, teacher.cpu(), student)
-    if before: learner.load_state_dict(before.state_dict())
     images = [Resized(open_transfer_set(f), teacher.spec.size, cache=True) for f in transfer_sets]
     learnt, held = hold_out(images, distilling.held_out, seed)
     engine.place(learner), engine.place(teacher)
+    views = calibration(learnt, engine, seed) if student.reconstruct and not before else None
+    kept = inherit.inherit(learner, teacher, student, views)
+    if before: learner.load_state_dict(before.state_dict())
     adapt = distill.adaptation(learner, teacher, check_recipe(distilling.recipe))
-    if student.reconstruct and kept and not before:
-        views = calibration(learnt, engine, seed)
-        inherit.reconstruct(learner, teacher, kept, views, heads=not student.freeze_heads)
-        if adapt: inherit.solve_adaptation(adapt, learner, teacher, views)
+    if adapt and views and kept: inherit.solve_adaptation(adapt, learner, teacher, views)
     history = distill.distill(learner, teacher, learnt, distilling, held, student.inherit_body, adapt, seed,
         every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt", progress="distill" if progress else "")
     if not engine.is_main: return
@@ -212,6 +209,7 @@ def calibration(
     engine:Engine, # Where they go
     seed:int, # Of the views
     views:int=6, # Views of each image
+    scale:tuple[float,float]=(.85, 1.2), # Range of the views' scale: narrow, as a layer that is solved has no room for what is rarely seen
     batch:int=16 # Images at once
 ) -> Callable[[], Iterator[Tensor]]: # Each call gives the same batches `float32[B,3,H,W]` in [0,1]
     "Views of a transfer set, to solve a student's layers on"
@@ -219,8 +217,8 @@ def calibration(
     def batches():
         for k, first in enumerate(range(0, len(order), batch)):
             x = torch.stack([images[i][0] for i in order[first:first + batch]]).to(engine.device).float() / 255
-            nothing = pad_targets([NOTHING] * len(x), device=engine.device)
-            yield random_views(x, *nothing, torch.Generator().manual_seed(step_seed(seed, 6, k)), .5)[0]
+            affine = random_affine(len(x), torch.Generator().manual_seed(step_seed(seed, 6, k)), scale=scale)
+            yield view(x, affine.to(x.device), "reflection")
     return batches
 
 # %% ../nbs/18_compress.ipynb #24680061

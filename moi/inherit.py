@@ -26,7 +26,7 @@ from .outputs import anchors_of, features, roi_outputs, rpn_outputs
 from .regions import propose, shared_regions
 
 # %% ../nbs/15_inherit.ipynb #90862d1e
-VERSION = 2 # In the keys of stages: raised when the same spec gives other bytes
+VERSION = 3 # In the keys of stages: raised when the same spec gives other bytes
 
 # %% ../nbs/15_inherit.ipynb #1788a99a
 WIDTHS = {"half": {"body": .5}, "slim": {"body": .5, "fpn": .5, "rpn": .5, "head": .5}} # Factors by part; 1 where none is named
@@ -266,7 +266,9 @@ def inherit_layers(
                 shapes = tuple(tensor.shape), tuple(value.shape)
                 raise ValueError(f"{w.name}.{name} can't be inherited: {shapes[0]} in the student, {shapes[1]} kept")
             tensor.copy_(value)
-        if w.norm and w.out in mixed: layer.weight.fill_(1.); layer.running_var.fill_(1. - layer.eps)
+        if w.norm and w.out in mixed:
+            layer.weight.fill_(1.)
+            layer.running_var.fill_(1. - layer.eps)
     return student
 
 # %% ../nbs/15_inherit.ipynb #bc8ed34d
