@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, nms
 from tqdm.auto import tqdm
 
 from .augment import move_boxes, random_affine, view
@@ -134,7 +134,7 @@ def adapt_targets(
     detections:dict, # What the teacher sees: `boxes`, `labels`, `scores`
     size:tuple[int,int], # Image `(H,W)`
     confidence:float=.2, # Least score of a detection that counts
-    overlap:float=.35 # Largest IoU of a new object with those there
+    overlap:float=.35 # Largest IoU of a new object with those there, and with another new one
 ) -> dict: # `boxes`, `labels`, and `soft` where the target has it; what is new is hard
     "Drop what the teacher does not support, never the last; add what it confidently sees"
     d = {k: v[detections["scores"] > confidence] for k, v in detections.items()}
@@ -144,7 +144,8 @@ def adapt_targets(
     keep = support.any(1)
     if not keep.any() and len(keep): keep[iou.amax(1).argmax() if iou.numel() else 0] = True
     share = (d["boxes"][:, 2:] - d["boxes"][:, :2]).prod(1) / (size[0] * size[1])
-    new = (iou < overlap).all(0) & (share > .01) & (share < .85)
+    new = ((iou < overlap).all(0) & (share > .01) & (share < .85)).nonzero()[:, 0]
+    new = new[nms(d["boxes"][new], d["scores"][new], overlap).sort().values]
     adapted = {k: torch.cat([target[k][keep], d[k][new]]) for k in ("boxes", "labels")}
     if "soft" not in target: return adapted
     hard = F.one_hot(d["labels"][new], target["soft"].shape[1]).float()

@@ -32,7 +32,7 @@ from moi.train import Engine, Training, train_detector
 PLAIN = {int, float, bool, None, type(None), torch.Tensor, torch.Generator, torch.device, nn.Module, FasterRCNN, Engine, Ellipsis}
 HOLDERS = {tuple, list, dict, typing.Union, types.UnionType, collections.abc.Sequence, collections.abc.Mapping} # of allowed things alone
 WORDS = { # What a text may be: a choice, a class's name, a layer's, a name for people to read; none is opened
-    "backbone", "box_prior", "classes", "into", "kind", "name", "names", "out", "precision", "progress", "recipe", "source",
+    "act", "backbone", "box_prior", "channels", "classes", "into", "kind", "name", "names", "out", "precision", "progress", "recipe", "source",
     "texture_kind", "widths"}
 FOLDERS = { # The only places on disk: transfer sets, and where a function writes to and resumes
     "moi.compress.begin": {"folder"},
@@ -44,6 +44,7 @@ FOLDERS = { # The only places on disk: transfer sets, and where a function write
     "moi.transfer_set.shards_done": {"folder"},
     "moi.transfer_set.join_shards": {"folder"},
     "moi.transfer_set.open_transfer_set": {"folder"},
+    "moi.transfer_set.asked_targets": {"folder"},
     "moi.transfer_set.set_hash": {"folder"},
 }
 TRANSFER_SETS = { # The only objects without a type, or of an open one, that give images: a transfer set that was opened
@@ -52,6 +53,9 @@ TRANSFER_SETS = { # The only objects without a type, or of an open one, that giv
     "moi.compress.hold_out": {"images"},
     "moi.compress.calibration": {"images"},
     "moi.compress.fewest_proposals": {"images"},
+    "moi.inherit.inherit": {"images"},
+    "moi.inherit.covariances": {"images"},
+    "moi.inherit.measured_channels": {"images"},
     "moi.inherit.reconstruct": {"images"},
     "moi.inherit.solve_adaptation": {"images"},
 }
@@ -66,7 +70,7 @@ LOOSE = { # Dicts and mappings of plain values and tensors whose annotation leav
     "moi.impressions.adapt_targets": {"target", "detections"},
     "moi.impressions.synthesise": {"targets"},
     "moi.inherit.StudentSpec": {"widths"},
-    "moi.transfer_set.write_shard": {"targets", "provenance"},
+    "moi.transfer_set.write_shard": {"targets", "provenance", "asked"},
 }
 
 
@@ -249,7 +253,8 @@ assert not [m for m in ("moi.street", "moi.experiment") if m in sys.modules] # n
 EXPERIMENT = WATCH + """
 import json
 from moi import experiment
-for name in ("open_dataset", "KITTIDataset", "VOCDataset", "COCODataset", "photograph_set", "find_folder", "folder_and_split", "street"):
+for name in ("open_dataset", "KITTIDataset", "VOCDataset", "COCODataset", "photograph_set", "find_folder", "folder_and_split", "street",
+             "check_images", "usable"):
     delattr(experiment, name) # what knows the data
 result = experiment.run({"name": "mine", "dataset": "none", "teacher": kept, "impressions": 2, "textures": 2, "synthesis_steps": 2,
     "agreement": 2, "baselines": ["textures"], "student_width": .125, "distill_steps": 2, "batch": 4, "device": "cpu"}, place)
