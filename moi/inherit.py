@@ -78,7 +78,8 @@ def student_spec(
     if int(64 * width) < 8 and family in RESNETS or not .125 <= width <= 4:
         raise ValueError(f"the student's body would have the width {width:g} (the teacher's is {t.width:g}); allowed is .125 to 4: "
             "change widths or student_width")
-    fields = dict(backbone=family, width=width, fpn_channels=scaled(t.fpn_channels, "fpn"), head_channels=scaled(t.head_channels, "head"))
+    fields = dict(backbone=family, width=width, folded=0)
+    fields |= dict(fpn_channels=scaled(t.fpn_channels, "fpn"), head_channels=scaled(t.head_channels, "head"))
     rpn = scaled(t.rpn_channels or t.fpn_channels, "rpn")
     fields["rpn_channels"] = 0 if rpn == fields["fpn_channels"] else rpn
     if spec.proposals > 0: fields["test_proposals"] = spec.proposals
@@ -306,11 +307,11 @@ def plan_inheritance(
     elif body and ours == theirs:
         raise ValueError(f"inherit_body is True, and every width is the teacher's ({teacher.width:g} in the body); "
             "a student of that width would be the teacher itself: set inherit_body to false")
-    if heads and (wider or not body and ours["fpn_channels"] != theirs["fpn_channels"]):
+    if heads and (set(wider) - {"width"} or not body and ours["fpn_channels"] != theirs["fpn_channels"]):
         heads = False
         differs = next(k for k in widths[1:] if ours[k] != theirs[k])
         why.append(f"the heads start from nothing: {differs} is {ours[differs]}, the teacher's {theirs[differs]}")
-    whole = all(ours[k] == theirs[k] for k in widths[1:])
+    whole = all(ours[k] == theirs[k] for k in widths[1:]) and not teacher.folded # else the background is another
     return dataclasses.replace(spec, inherit_body=body, inherit_heads=heads, freeze_heads=spec.freeze_heads and heads and whole), why
 
 # %% ../nbs/15_inherit.ipynb #24924d47
@@ -479,7 +480,7 @@ def covariances(
     detector:nn.Module, # In evaluation mode
     wires:list[Wire], # From `wires_of`
     images:Iterable[Tensor], # Batches `float32[B,3,H,W]` in [0,1]
-    boxes:Iterable[Tensor] # Regions `[B,R,4]` of each batch, in pixels
+    boxes:Sequence[Tensor] # Regions `[B,R,4]` of each batch, in pixels
 ) -> dict[str, Tensor]: # `float64[C,C]`, by the name of the layer that reads these `C` channels
     "How the channels that each layer reads vary together"
     total, handles = {}, []

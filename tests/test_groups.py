@@ -7,7 +7,8 @@ from torch import nn
 from moi.detector import DetectorSpec, build_detector, plain
 from moi.inherit import wires_of
 
-SPEC = {"classes": ("a", "b"), "size": (64, 64), "width": .25, "fpn_channels": 24, "rpn_channels": 20, "head_channels": 36, "anchors": (8, 16, 32, 64, 128)}
+SPEC = {"classes": ("a", "b"), "size": (64, 64), "width": .25, "fpn_channels": 24, "rpn_channels": 20, "head_channels": 36,
+    "anchors": (8, 16, 32, 64, 128)}
 FAMILIES = {
     "resnet18": {}, "resnet50": {"backbone": "resnet50"},
     "mobilenet_v2": {"backbone": "mobilenet_v2", "width": .5}, "mobilenet_v3_large": {"backbone": "mobilenet_v3_large", "width": .5},
