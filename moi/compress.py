@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import distill, impressions, inherit, pseudo_targets, textures
 from .augment import random_affine, step_seed, view
-from .data import Resized, write_whole
+from .data import Resized, read_record, salvage, set_aside, write_record
 from .detector import build_detector, change, detector_hash, key_of, load_detector, save_detector
 from .distill import Distilling, check_recipe
 from .evaluate import agreement, predict
@@ -31,7 +31,8 @@ from .inherit import StudentSpec, plan_inheritance, student_spec
 from .pseudo_targets import Laws, class_similarity, preferred_targets, sample_targets
 from .textures import make_textures
 from .train import Engine
-from .transfer_set import NOTHING, TransferSpec, join_shards, open_transfer_set, set_hash, shards_done, shards_of, write_shard
+from moi.transfer_set import (NOTHING, TransferSpec, is_whole, join_shards, open_transfer_set, set_hash, shards_done, shards_of,
+    write_shard)
 
 log = logging.getLogger(__name__)
 
@@ -81,16 +82,18 @@ def begin(
 ):
     "Claim a folder for a result; refuse one that holds another"
     file, key = folder/"made_from.json", json.loads(json.dumps(key))
-    if file.is_file():
-        there = json.loads(file.read_text())
+    damaged = file.is_file() and not salvage(file, read_record)
+    for f in sorted(folder.iterdir()) if damaged and main else ():
+        if f.name[0] != "." and f.suffix != ".damaged" and f.name != "commits.json": set_aside(f, "what it was made from is not known")
+    if there := salvage(file, read_record):
         differ = [k for k in sorted(there.keys() | key.keys()) if there.get(k) != key.get(k)]
         if differ:
             old, new = (k.get(differ[0]) for k in (there, key))
             raise ValueError(f"{folder} holds what was made with {differ[0]} {old}, and {new} is asked for; "
                 "give another folder, or delete this one")
-    if not main: return
+    if there or not main: return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(key, sort_keys=True).encode())
+    write_record(file, key)
 
 # %% ../nbs/18_compress.ipynb #3a493373
 def invent(
@@ -150,9 +153,9 @@ def paint_transfer_set(
     transfer, laws, painting = change((transfer, laws, painting), **fields)
     begin(folder, painting_key(teacher, transfer, laws, painting, seed, engine.precision, number, student), engine.is_main)
     engine.wait()
-    if (folder/"annotations.json").is_file(): return folder
-    teacher, student = engine.place(teacher), student and engine.place(student)
     shards = shards_of(transfer, number)
+    if is_whole(folder, len(shards)): return folder
+    teacher, student = engine.place(teacher), student and engine.place(student)
     wanted = [i for i in range(len(shards)) if i not in shards_done(folder)]
     engine.wait() # every process has looked before the first writes
     for i in tqdm(wanted[engine.process::engine.processes], desc="transfer set", disable=not (progress and engine.is_main)):
@@ -192,7 +195,8 @@ def make_student(
     begin(folder, student_key(teacher, transfer_sets, student, distilling, seed, engine.precision, before), engine.is_main)
     engine.wait()
     file = folder/"student.safetensors"
-    if not file.is_file(): _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, progress)
+    if not file.is_file() or salvage(folder/"history.json", read_record) is None:
+        _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, progress)
     engine.wait()
     return load_detector(file, engine.device)
 
@@ -213,7 +217,7 @@ def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, en
         every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt", progress="distill" if progress else "")
     if not engine.is_main: return
     if student.proposals < 0 and held: set_proposals(learner, fewest_proposals(learner, [held[i][0] for i in range(len(held))]))
-    write_whole(folder/"history.json", json.dumps(history).encode())
+    write_record(folder/"history.json", history)
     save_detector(learner, folder/"student.safetensors")
     (folder/"training.pt").unlink(missing_ok=True) # nothing goes on from it any more
 

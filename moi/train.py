@@ -8,6 +8,7 @@ __all__ = ['VERSION', 'Engine', 'best_device', 'batches', 'cosine', 'step_loader
 
 # %% ../nbs/09_train.ipynb #bcb55df7
 import contextlib
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .augment import Shared, move_boxes, random_affine, random_colour, step_seed, view
-from .data import collate
+from .data import collate, salvage, seal, unseal, write_whole
 from .detector import Spec, parameter
 from .outputs import supervised_losses
 from .regions import pad_targets
@@ -151,8 +152,7 @@ def fit(
     optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr, weight_decay=weight_decay, fused=True)
     averaged = AveragedModel(model, multi_avg_fn=_growing_average(ema), use_buffers=True) if ema else None
     kept = averaged.module if ema else model
-    state = {"step": 0, "history": {}, "best": None}
-    if checkpoint and checkpoint.is_file(): state = resume(checkpoint, module, optimiser, averaged)
+    state = checkpoint and resume(checkpoint, module, optimiser, averaged) or {"step": 0, "history": {}, "best": None}
     history, best, late = state["history"], state["best"], -(-steps // every) // 2
     together = engine.accelerator.prepare(module) if engine and engine.accelerator else module
     bar = tqdm(data(state["step"]), desc=progress, total=steps, initial=state["step"], disable=not progress)
@@ -213,21 +213,23 @@ def save_state(
     more:dict # Plain values and tensors
 ):
     "Save where a training stands"
-    part = checkpoint.with_name(checkpoint.name + ".part")
+    content = io.BytesIO()
     torch.save(more | {"module": module.state_dict(), "optimiser": optimiser.state_dict(),
-        "averaged": averaged.state_dict() if averaged is not None else None}, part)
-    os.replace(part, checkpoint)
+        "averaged": averaged.state_dict() if averaged is not None else None}, content)
+    write_whole(checkpoint, seal(content.getvalue()))
 
 # %% ../nbs/09_train.ipynb #e7c28491
 def resume(
-    checkpoint:Path, # From `save_state`
+    checkpoint:Path, # From `save_state`; there need not be one
     module:nn.Module, # Changed in place, as the others are
     optimiser:torch.optim.Optimizer,
     averaged:nn.Module|None
-) -> dict: # What else was saved
+) -> dict|None: # What else was saved; nothing where there is no checkpoint, or a damaged one
     "Go on where a training stood"
     device = next(module.parameters()).device
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    read = lambda file: torch.load(io.BytesIO(unseal(file.read_bytes())), map_location=device, weights_only=True)
+    state = salvage(checkpoint, read)
+    if state is None: return None
     module.load_state_dict(state.pop("module"))
     optimiser.load_state_dict(state.pop("optimiser"))
     average = state.pop("averaged")

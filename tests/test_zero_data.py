@@ -32,7 +32,8 @@ from moi.train import Engine, Training, train_detector
 PLAIN = {int, float, bool, None, type(None), torch.Tensor, torch.Generator, torch.device, nn.Module, FasterRCNN, Engine, Ellipsis}
 HOLDERS = {tuple, list, dict, typing.Union, types.UnionType, collections.abc.Sequence, collections.abc.Mapping} # of allowed things alone
 WORDS = { # What a text may be: a choice, a class's name, a layer's, a name for people to read; none is opened
-    "act", "backbone", "box_prior", "channels", "classes", "into", "kind", "name", "names", "out", "precision", "progress", "recipe", "source",
+    "act", "backbone", "box_prior", "channels", "classes", "into", "kind", "name", "names", "out", "precision", "progress", "recipe",
+    "source",
     "texture_kind", "widths"}
 FOLDERS = { # The only places on disk: transfer sets, and where a function writes to and resumes
     "moi.compress.begin": {"folder"},

@@ -1,0 +1,144 @@
+"What is damaged or lost is named and made again, to the same bytes; what two runs want is made once"
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moi.compress import make_student, paint_transfer_set
+from moi.data import write_record
+from moi.detector import DetectorSpec, build_detector
+from moi.experiment import Stages
+from moi.teachers import adopt
+from moi.train import Engine, fit
+
+SPEC = DetectorSpec(("a", "b"), (64, 64), width=.25, fpn_channels=8, head_channels=16, anchors=(8, 16, 32, 64, 128))
+CPU = Engine(device="cpu")
+DAMAGE = {
+    "lost": lambda content: None, "empty": lambda content: b"", "cut": lambda content: content[:len(content) // 2],
+    "flipped": lambda content: content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:],
+}
+
+
+def harm(file, how):
+    content = DAMAGE[how](file.read_bytes())
+    file.unlink()
+    if content is not None: file.write_bytes(content)
+
+
+def contents(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file() and ".damaged" not in str(f)}
+
+
+def made(runs, calls):
+    def make(folder):
+        calls.append(folder)
+        (folder / "images").mkdir(exist_ok=True)
+        for name in ("weights.bin", "images/0.png"): (folder / name).write_bytes(name.encode() * 50)
+        return {"history": [1, 2]}
+    return Stages(runs).make("thing", {"seed": 0}, make)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["stage.json", "weights.bin", "images/0.png"])
+def test_a_stage_that_is_not_as_its_record_says_is_made_again(name, how, tmp_path, caplog):
+    if (name, how) == ("images/0.png", "flipped"): return  # a PNG tells that itself, when it is decoded
+    calls = []
+    folder, first = made(tmp_path, calls)
+    assert made(tmp_path, calls)[1]["reused"] and len(calls) == 1
+    harm(folder / name, how)
+    with caplog.at_level(logging.WARNING): again = made(tmp_path, calls)[1]
+    assert len(calls) == 2 and not again["reused"] and again["files"] == first["files"]
+    assert how == "lost" and name == "stage.json" or f"{folder / name} is damaged" in caplog.text
+    assert made(tmp_path, calls)[1]["reused"] and len(calls) == 2
+
+
+def test_a_stage_that_was_begun_is_taken_up_whatever_lies_there(tmp_path):
+    calls = []
+    folder, _ = made(tmp_path, calls)
+    for f in ("stage.json", "images/0.png"): (folder / f).unlink()
+    for leftover in ("commits.json", ".lock", "weights.bin.4711.part"): (folder / leftover).write_bytes(b"")
+    made(tmp_path, calls)
+    assert len(calls) == 2
+    left = {f.name for f in folder.rglob("*") if f.is_file()}
+    assert left == {"stage.json", "weights.bin", "0.png", "commits.json.damaged"}
+
+
+def test_two_processes_that_want_one_stage_make_it_once(tmp_path):
+    code = ("import sys, time; from pathlib import Path; from moi.experiment import Stages\n"
+        "def make(folder):\n    open(folder / 'calls', 'a').write('x'); time.sleep(2)\n"
+        "print(Stages(Path(sys.argv[1])).make('thing', {'seed': 0}, make)[1]['reused'])")
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(p.communicate(timeout=120)[0].strip() for p in both) == ["False", "True"]
+    assert [f.read_text() for f in tmp_path.rglob("calls")] == ["x"] and not list(tmp_path.rglob(".lock"))
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_changes_no_student(how, tmp_path, caplog):
+    batches = torch.randn(12, 8, 4, generator=torch.Generator().manual_seed(0))
+    def train(most, checkpoint):
+        torch.manual_seed(0)
+        model, steps = nn.Linear(4, 1), []
+        def losses(batch, generator):
+            if len(steps) == most: raise KeyboardInterrupt
+            steps.append(batch)
+            return {"loss": model(batch).square().mean()}
+        try: fit(model, losses, lambda first: list(batches[first:]), 12, .1, every=4, checkpoint=checkpoint, progress="")
+        except KeyboardInterrupt: pass
+        return model.weight.detach().clone(), len(steps)
+    whole, _ = train(12, None)
+    train(6, tmp_path / "training.pt")
+    harm(tmp_path / "training.pt", how)
+    weights, steps = train(12, tmp_path / "training.pt")
+    assert torch.equal(weights, whole) and steps == 12
+    assert how == "lost" or "training.pt is damaged" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    torch.manual_seed(0)
+    teacher, folder = adopt(build_detector(SPEC).eval()), tmp_path_factory.mktemp("painted")
+    def paint(): return paint_transfer_set(teacher, folder / "set", impressions=4, textures=2, shard=2, steps=2, engine=CPU, progress=False)
+    def learn(): return make_student(teacher, folder / "set", folder / "student", steps=2, batch=2, held_out=1, engine=CPU, progress=False)
+    paint(), learn()
+    return paint, learn, folder
+
+
+@pytest.mark.parametrize("name", ["images/000001.png", "shards/0000.json", "annotations.json", "soft_labels.json", "made_from.json"])
+def test_a_transfer_set_is_painted_again_where_it_is_damaged(name, painted):
+    paint, _, folder = painted
+    before = contents(folder / "set")
+    for how in ("lost", "cut"):
+        harm(folder / "set" / name, how)
+        if (name, how) == ("soft_labels.json", "cut"): (folder / "set" / name).unlink()
+        paint()
+        assert contents(folder / "set") == before, how
+
+
+def test_a_student_is_made_again_where_its_history_is_damaged(painted, caplog):
+    _, learn, folder = painted
+    before = contents(folder / "student")
+    harm(folder / "student/history.json", "flipped")
+    learn()
+    assert contents(folder / "student") == before and "history.json is damaged" in caplog.text
+
+
+def test_records_of_older_versions_are_read(tmp_path):
+    calls = []
+    folder, record = made(tmp_path, calls)
+    (folder / "stage.json").write_text('{"kind": "thing", "seconds": 1.0, "commits": [null]}')
+    assert made(tmp_path, calls)[1]["reused"] and len(calls) == 1
+    write_record(folder / "stage.json", record)
+    assert made(tmp_path, calls)[1]["reused"]
+
+
+def test_a_finished_stage_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+    calls = []
+    made(tmp_path, calls)
+    def refuse(*args, **kwargs): raise OSError(30, "Read-only file system")
+    for name in ("replace", "unlink"): monkeypatch.setattr(f"os.{name}", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert made(tmp_path, calls)[1]["reused"]
