@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import uniform
-from .outputs import anchors_of, decode, encode
+from .outputs import anchor_strides, anchors_of, decode, encode
 
 # %% ../nbs/08_regions.ipynb #4018e7cb
 AREA, ASPECT = (.01, .3), 2.5 # of boxes anywhere: smallest and largest area, a fraction of the image, and largest ratio of the sides
@@ -114,13 +114,11 @@ def nearest_anchors(
     size:Sequence[int] # Image `(H,W)` in pixels
 ) -> Tensor: # `int64[B,N,K]`: one anchor of each of the `K` shapes there are, numbered as in `rpn_outputs`
     "For every box and shape of anchor, the one with the nearest centre; the anchor that overlaps the box most is among them"
-    generator, levels = detector.rpn.anchor_generator, list(view.values())
-    padded = [n + (-n) % detector.transform.size_divisible for n in size]
     centre, out, first = (boxes[..., :2] + boxes[..., 2:]) / 2, [], 0
-    for f, base in zip(levels, generator.cell_anchors):
+    for f, base, stride in zip(view.values(), detector.rpn.anchor_generator.cell_anchors, anchor_strides(detector, view, size)):
         (h, w), k = f.shape[-2:], len(base)
         off = ((base[:, :2] + base[:, 2:]) / 2).to(boxes.device) # where a shape's centre lies in its cell
-        at = (centre[..., None, :] - off) / boxes.new_tensor([padded[1] // w, padded[0] // h])      # [B,N,k,2]
+        at = (centre[..., None, :] - off) / boxes.new_tensor(stride)                                # [B,N,k,2]
         x, y = at.round().long().unbind(-1)
         out.append(first + (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)) * k + torch.arange(k, device=boxes.device))
         first += h * w * k

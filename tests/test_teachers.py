@@ -218,7 +218,7 @@ def test_version_01(tmp_path):
     loaded = load(tmp_path/"a.safetensors", NAMES, (64, 96))
     assert detector_hash(loaded) == detector_hash(mine)
     assert load(tmp_path/"a.safetensors", rules={"score": .3}).spec.rules.score == .3
-    wrongs = {"classes": dict(classes=NAMES[:2]), "size": dict(size=(96, 96)), "says itself": dict(builder="fasterrcnn_resnet50_fpn")}
+    wrongs = {"classes": dict(classes=[*NAMES[:2], "rust"]), "size": dict(size=(96, 96)), "says itself": dict(builder="fasterrcnn_resnet50_fpn")}
     for about, wrong in wrongs.items():
         with pytest.raises(ValueError, match=about):
             load(tmp_path/"a.safetensors", **wrong)
@@ -325,8 +325,9 @@ def files():
         retina = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
     state, mask, retina = ({k: torch.zeros(v.shape, dtype=v.dtype) for k, v in s.items()} for s in (state, mask, retina))
     one = torch.zeros(1)
-    yield {"backbone.bottom_up.stem.conv1.weight": one}, "it is a Detectron2 checkpoint, which is not served yet"
-    yield {"state_dict": {"backbone.conv1.weight": one, "neck.fpn_convs.0.conv.weight": one}, "meta": {}}, "it is an MMDetection checkpoint"
+    yield {"backbone.bottom_up.stem.conv1.weight": one}, "it is a checkpoint of Detectron2 .* give config="
+    yield ({"state_dict": {"backbone.conv1.weight": one, "neck.fpn_convs.0.conv.weight": one}, "meta": {}},
+        "it is a checkpoint of MMDetection .* give config=")
     yield mask, "it is a Mask R-CNN"
     yield retina, "it is a one-stage detector"
     yield {"fc.weight": one}, "it has no 'backbone.body.'"
@@ -351,9 +352,9 @@ def test_refused_files(tmp_path):
         load(tmp_path/"nowhere.pth", NAMES)
     with pytest.raises(IsADirectoryError, match="is a folder"):
         load(tmp_path, NAMES)
-    with pytest.raises(ValueError, match="Detectron2 and MMDetection are not served yet"):
-        load(tmp_path/"0.pth", NAMES, config="config.yaml")
     torch.save(light().state_dict(), tmp_path/"right.pth")
+    with pytest.raises(ValueError, match="config is 'config.yaml', and it is a file of torchvision's"):
+        load(tmp_path/"right.pth", NAMES, config="config.yaml")
     with pytest.raises(ValueError, match="did you mean 'fasterrcnn_resnet50_fpn'"):
         load(tmp_path/"right.pth", NAMES, builder="fasterrcnn_resnet_fpn")
     with pytest.raises(ValueError, match="backbone is 'resnet18', 'resnet50' is needed"):
