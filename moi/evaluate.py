@@ -473,8 +473,12 @@ def agreement(
 ) -> Evaluation: # 1 where the student finds all that the teacher is sure of, and nothing else first
     "Score the student against the teacher's confident detections"
     flatten(teacher_detections, len(classes), "teacher_detections", scores=None)     # checked before scores are dropped
-    targets = [d | {"ignore": d["scores"] < confident} for d in teacher_detections]
-    return evaluate(targets, student_detections, classes)
+    theirs, ours = ([_with_area(d) for d in detections] for detections in (teacher_detections, student_detections))
+    return evaluate([d | {"ignore": d["scores"] < confident} for d in theirs], ours, classes)
+
+def _with_area(d): # detections that can overlap anything; MMDetection's detectors also give boxes without an area
+    keep = (d["boxes"][:, 2:] > d["boxes"][:, :2]).all(1)
+    return d if keep.all() else {k: v[keep] for k, v in d.items()}
 
 # %% ../nbs/14_evaluate.ipynb #6e6513af
 def bootstrap(

@@ -11,7 +11,7 @@ from torch import nn
 from moi.compress import make_student, paint_transfer_set
 from moi.data import write_record
 from moi.detector import DetectorSpec, build_detector
-from moi.experiment import Stages
+from moi.experiment import Stages, claim
 from moi.teachers import adopt
 from moi.train import Engine, fit
 
@@ -142,3 +142,22 @@ def test_a_finished_stage_is_read_where_nothing_can_be_written(tmp_path, monkeyp
     for name in ("replace", "unlink"): monkeypatch.setattr(f"os.{name}", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert made(tmp_path, calls)[1]["reused"]
+
+
+def test_a_run_that_another_process_works_on_is_refused_and_what_nobody_made_is_not_replaced(tmp_path):
+    with claim(tmp_path / "mine", b"{}") as writes:
+        assert writes
+        with pytest.raises(ValueError, match="another process is at work here"), claim(tmp_path / "mine", b"{}"): pass
+    assert sorted(f.name for f in (tmp_path / "mine").iterdir()) == ["params.yaml"]
+    (tmp_path / "mine/teacher.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match="none of a run's links"), claim(tmp_path / "mine", b"{}"): pass
+    assert (tmp_path / "mine/teacher.safetensors").read_bytes() == b"somebody's"
+
+
+def test_a_finished_run_is_told_again_where_nothing_can_be_written(tmp_path, monkeypatch, caplog):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written"), claim(tmp_path / "mine", b"{}"): pass
+    (tmp_path / "mine/result.json").write_text("{}")
+    with claim(tmp_path / "mine", b"{}") as writes: assert not writes
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["result.json"] and "told, and not kept" in caplog.text
