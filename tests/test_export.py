@@ -1,11 +1,13 @@
-"What leaves: the same detections in onnxruntime, whatever the detector is made of, read by anybody, and in INT8"
+"What leaves: the same detections in onnxruntime, whatever the detector is made of, read by anybody, in INT8, and in fewer bits"
 import dataclasses
 import json
 import logging
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import onnx
 import pytest
@@ -13,9 +15,10 @@ import torch
 import torchvision
 
 from moi.data import write_image
-from moi.detector import DetectorSpec, Rules, build_detector, fill, plain, spec_from_json, weights_hash
+from moi.detector import DetectorSpec, Rules, build_detector, fill, plain, save_detector, spec_from_json, weights_hash
 from moi.evaluate import agreement, predict
-from moi.export import READER, OneImage, OnnxDetector, export_onnx, exportable, metadata, parity, predictors, quantize
+from moi.experiment import run
+from moi.export import READER, OneImage, OnnxDetector, export_onnx, exportable, fake_quantize, metadata, parity, predictors, quantize
 from moi.outputs import latency
 from moi.street import CLASSES, draw_scene
 from moi.textures import make_textures
@@ -130,6 +133,8 @@ def test_every_family_leaves(family, images, tmp_path):
     assert same(d, OnnxDetector(file), images[6:14]) > 50
     assert not {"BatchNormalization", "ScatterElements", "Loop"} & {n.op_type for n in onnx.load(file).graph.node}
     assert sum("bbox_pred" in n for n in predictors(onnx.load(file))) == len(d.spec.anchors) + 1
+    close = parity(see(d, images[:4]), see(fake_quantize(d, images[:4], 16, 16), images[:4]), .02, 1.) # norms folded, and all in its place
+    assert close["alone"] <= 2
 
 
 @pytest.mark.parametrize("opset", [16, 18, 20])
@@ -210,22 +215,75 @@ def test_metadata_is_enough_without_moi(detector):
     assert all(isinstance(v, str) for v in about.values())
 
 
+@pytest.fixture(scope="module")
+def exported(detector, tmp_path_factory): return export_onnx(detector, tmp_path_factory.mktemp("exported") / "d.onnx")
+
+
+@pytest.fixture(scope="module")
+def int8(exported, textures, tmp_path_factory):
+    "Files by whether each channel has a scale of its own, calibrated on a transfer set"
+    at = tmp_path_factory.mktemp("int8")
+    return {each: quantize(exported, textures, at / f"{each}.onnx", each) for each in (True, False)}
+
+
+def told(file): return {p.key: p.value for p in onnx.load(file).metadata_props}
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_int8(per_channel, detector, textures, tmp_path):
-    file = export_onnx(detector, tmp_path / "d.onnx")
-    handlers = logging.getLogger().handlers[:]
-    small = quantize(file, textures, tmp_path / "int8.onnx", per_channel, images=20)
-    assert logging.getLogger().handlers == handlers and set(tmp_path.iterdir()) == {file, small}
-    assert small.stat().st_size < .4 * file.stat().st_size
-    about = {p.key: p.value for p in onnx.load(small).metadata_props}
-    assert metadata(detector.spec).items() <= about.items()
-    assert json.loads(about["int8"]) == {"images": 20, "per_channel": per_channel, "transfer_set": set_hash(textures)}
+def test_int8(per_channel, detector, exported, int8, textures, tmp_path):
+    handlers, small = logging.getLogger().handlers[:], int8[per_channel]
+    assert small.stat().st_size < .4 * exported.stat().st_size
+    assert metadata(detector.spec).items() <= told(small).items()
+    assert json.loads(told(small)["int8"]) == {"images": 20, "per_channel": per_channel, "transfer_set": set_hash(textures)}
     scenes = Scenes(24, 2000)
     seen = [predict(d, scenes, progress=False) for d in (detector, OnnxDetector(small))]
     assert agreement(*seen, CLASSES).AP > .6 and parity(*seen)["alone"] > 0
-    assert small.read_bytes() == quantize(file, textures, tmp_path / "again.onnx", per_channel, images=20).read_bytes()
-    with pytest.raises(ValueError, match="images is 0; at least 1 is needed"): quantize(file, textures, small, images=0)
-    with pytest.raises(FileNotFoundError, match="no transfer set"): quantize(file, tmp_path, small)
+    again = quantize(exported, textures, tmp_path / "again.onnx", per_channel)
+    assert again.read_bytes() == small.read_bytes() and list(tmp_path.iterdir()) == [again]
+    assert logging.getLogger().handlers == handlers
+    with pytest.raises(ValueError, match="images is 0; at least 1 is needed"): quantize(exported, textures, again, images=0)
+    with pytest.raises(FileNotFoundError, match="no transfer set"): quantize(exported, tmp_path, again)
+
+
+def grids(path):
+    "Of a file: channels and scales of each layer's weights; scale and zero point of what each gives, the predictors aside"
+    graph = onnx.load(path).graph
+    numbers = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    read = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    given = {n.input[0]: n for n in graph.node if n.op_type == "QuantizeLinear"}
+    layers = [n for n in graph.node if n.op_type in ("Conv", "Gemm") and n.input[1] in read]
+    weights = [[numbers[name] for name in read[n.input[1]].input[:2]] for n in layers]
+    steps = [(float(numbers[q.input[1]]), int(numbers[q.input[2]]) + 128) for q in (given[n.output[0]] for n in layers)]
+    return [(len(w), s.size) for w, s in weights], sorted(steps)
+
+
+def test_a_scale_for_each_channel_or_one_for_a_layer(int8):
+    (each, ranges), (one, same) = grids(int8[True]), grids(int8[False])
+    assert len(each) > 30 and all(n == channels > 1 for channels, n in each) and all(n == 1 for _, n in one) and ranges == same
+
+
+def test_any_images_calibrate(exported, int8, tmp_path):
+    shown = list(make_textures(20, (64, 64), "leaves", 0)) # what the transfer set holds
+    small = quantize(exported, shown, tmp_path / "int8.onnx")
+    about = json.loads(told(small)["int8"])
+    assert grids(small) == grids(int8[True]) and about.keys() == {"images", "per_channel", "pixels"} and about["images"] == 20
+    with pytest.raises(ValueError, match="no image to calibrate on"): quantize(exported, [], small)
+
+
+def test_simulated_bits(detector, textures, int8):
+    "The grids are the file's; 16 bits say what float32 says, 8 as much of it as INT8 does, fewer bits less and less"
+    few = {b: fake_quantize(detector, textures, b) for b in (16, 8, 4, 2)}
+    steps = sorted((s, z) for m in few[8].modules() for h in m._forward_hooks.values() for s, z, *_ in h.__self__.grids)
+    assert np.allclose(steps, grids(int8[True])[1], rtol=1e-4, atol=0)
+    assert not any(m._forward_hooks for n, m in few[8].named_modules() if "box_predictor" in n or "cls_logits" in n)
+    scenes = Scenes(16, 2000)
+    seen = {k: predict(d, scenes, progress=False) for k, d in {**few, "fp32": detector, "int8": OnnxDetector(int8[True])}.items()}
+    left = {k: agreement(seen["fp32"], v, CLASSES).AP for k, v in seen.items()}
+    assert left[16] > .95 and abs(left[8] - left["int8"]) < .1 and left[8] > .7 > left[4] + .2 and left[2] < .05, left
+    coarse = fake_quantize(detector, textures, 16, weights=3, per_channel=False, images=1)
+    assert all(len(m.weight.unique()) <= 7 for m in coarse.modules() if m._forward_hooks)
+    for name in ("activations", "weights"):
+        with pytest.raises(ValueError, match=f"{name} is 17; allowed is 2 to 16 bits"): fake_quantize(detector, textures, **{name: 17})
 
 
 def test_a_file_is_asked_as_a_detector_is(detector, tmp_path):
@@ -255,3 +313,67 @@ for ask in (lambda: export_onnx(None, "x"), lambda: OnnxDetector("x"), lambda: q
 def test_without_the_extra_it_says_what_to_install():
     said = fresh(WITHOUT, ("onnx", "onnxruntime")).splitlines()
     assert len(said) == 3 and all("pip install 'moi[export]'" in line for line in said)
+
+
+# The notebook that measures what compression brings
+
+COMPRESSION = Path(__file__).parents[1] / "nbs/experiments/compression.ipynb"
+TINY = {"scenes": [8, 4, 6], "size": [64, 64], "teacher_width": .25, "fpn_channels": 16, "head_channels": 32, "teacher_steps": 4,
+    "teacher_batch": 4, "impressions": 2, "textures": 2, "synthesis_steps": 2, "distill_steps": 2, "batch": 2, "baselines": [],
+    "device": "cpu", "timed": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "Two finished runs of one teacher"
+    place = tmp_path_factory.mktemp("compression")
+    slim = run(TINY | {"name": "slim", "widths": "slim", "student_proposals": 20, "export": ["onnx"]}, place, progress=False)
+    return place, slim, run(TINY | {"name": "half", "widths": "half"}, place, progress=False)
+
+
+def test_the_teacher_is_timed_at_its_students_proposals(runs):
+    _, slim, half = runs
+    took = slim["latency"]
+    assert took.keys() == {"teacher", "student", "teacher_same_proposals"} and all(t.keys() == {"torch", "onnx"} for t in took.values())
+    assert took["teacher_same_proposals"]["onnx"] < took["teacher"]["onnx"] # 20 regions, not 1,000
+    assert half["latency"]["teacher_same_proposals"] == half["latency"]["teacher"] # it is the same
+
+
+def execute(parameters):
+    "The cells of the notebook, in this process; what they left"
+    cells = [c.source for c in nbformat.read(COMPRESSION, 4).cells if c.cell_type == "code"]
+    names = {"__annotations__": {}}
+    exec("\n".join([cells[0], *(f"{k} = {v!r}" for k, v in parameters.items()), *cells[1:]]).replace("%matplotlib inline", ""), names)
+    return names
+
+
+def test_the_notebook_on_compression(runs, tmp_path, monkeypatch):
+    "To the end, of tiny runs; a second time nothing is made"
+    place, slim, half = runs
+    asked, kept, threads = [], {}, torch.get_num_threads()
+    def export(detector, path): # instead of what takes long, and is tested above
+        kept[Path(path)] = detector
+        return save_detector(detector, path)
+    def quantized(onnx_path, shown, path, per_channel=True, images=32):
+        asked.append((len(shown) if isinstance(shown, list) else "transfer set", per_channel))
+        return export(kept[Path(onnx_path)], path)
+    stand_in = {"export_onnx": export, "quantize": quantized, "OnnxDetector": kept.__getitem__}
+    for name, function in stand_in.items(): monkeypatch.setattr(f"moi.export.{name}", function)
+    small = {"runs": ["slim"], "half": "half", "folder": str(place), "out": str(tmp_path / "out"), "threads": threads, "calibrated": 2,
+        "bits": [4], "fewer": 10, "proposals": [30], "side": 64, "width": .25, "fpn_channels": 16, "head_channels": 32, "large": 2}
+    execute(small)
+    assert asked.count((2, True)) == 10 + 3 and asked.count((2, False)) == 10 and asked.count(("transfer set", True)) == 2
+    rows = {f: json.loads((tmp_path / "out" / f"{f}.json").read_text())["rows"] for f in ("int8", "latency", "full-size")}
+    assert len(rows["int8"]) == 2 * (1 + 3 * 5) and all({"AP", "AP50", "agreement", "of", "on"} <= r.keys() for r in rows["int8"].values())
+    assert rows["latency"].keys() == {"teacher", "teacher, 20 proposals", "teacher, 10 proposals", "teacher, 40×40 pixels", "teacher, INT8",
+        "half", "slim", "slim, INT8", "slim, 10 proposals", "milliseconds"}
+    assert rows["latency"]["milliseconds"]["images"] == 6 and rows["latency"]["slim"]["parameters"] < rows["latency"]["half"]["parameters"]
+    assert rows["latency"]["slim"]["of"]["detector"] == slim["weights"]["student"]
+    assert [d["name"] for d in rows["full-size"]["milliseconds"]["detectors"]] == ["teacher", "half", "slim"]
+    assert (tmp_path / "out/compression.png").is_file()
+    asked.clear()
+    before = {f: f.read_bytes() for f in (tmp_path / "out").glob("*.json")}
+    execute(small)
+    assert not asked and {f: f.read_bytes() for f in (tmp_path / "out").glob("*.json")} == before and torch.get_num_threads() == threads
+    for wrong, says in (({"runs": ["slm"]}, "run 'slm' is not finished"), ({"fewr": 10}, "no parameter 'fewr'; did you mean 'fewer'")):
+        with pytest.raises((ValueError, FileNotFoundError), match=says): execute(small | wrong)
