@@ -18,6 +18,7 @@ import papermill
 import pytest
 
 from moi import distill, street, train
+from moi.data import read_record
 from moi.detector import check_value, detector_hash, load_detector
 from moi.experiment import (
     KINDS,
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = Path("nbs/experiments/zero_shot_kd.ipynb")
 PARAMS = Path("nbs/experiments/params")
 FILES = sorted((ROOT / PARAMS).glob("*.yaml"))
-DATA = {"name", "seed", "dataset", "data_root", "splits", "classes", "scenes", "size"}
+DATA = {"name", "seed", "dataset", "data_root", "splits", "skip_damaged", "classes", "scenes", "size"}
 SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged",
     "distill_steps", "distill_lr", "batch", "shard"}
 SAMPLING = {"objects", "area", "max_aspect", "box_prior", "overlap", "soft_labels", "beta"}
@@ -196,7 +197,8 @@ def test_the_result_says_how_it_came_about(finished):
     for who in ("teacher", "student"): assert set(capacity[who]) == {"body", "fpn", "rpn", "heads", "total"}
     teacher, student = (capacity[who]["total"] for who in ("teacher", "student"))
     assert capacity["ratio"] == {k: student[k] / teacher[k] for k in ("parameters", "flops")} # both propose as much here
-    assert set(result["latency"]) == {"teacher", "student"} and all(v["torch"] > 0 for v in result["latency"].values())
+    took = result["latency"]
+    assert set(took) == {"teacher", "student", "teacher_same_proposals"} and all(v["torch"] > 0 for v in took.values())
     assert result["not_inherited"] == [] and set(result["weights"]) == {"teacher", "student"}
 
 
@@ -221,7 +223,7 @@ def test_the_run_folder_lists_its_stages(finished):
 def test_a_students_stage_holds_how_it_learnt(finished):
     for folder in (finished / "runs/stages").glob("student-*"):
         assert sorted(f.name for f in folder.iterdir()) == ["history.json", "made_from.json", "stage.json", "student.safetensors"]
-        record, made_from, history = (json.loads((folder / f"{n}.json").read_text()) for n in ("stage", "made_from", "history"))
+        record, made_from, history = (read_record(folder / f"{n}.json") for n in ("stage", "made_from", "history"))
         assert record["history"] == history and record["depends"] == made_from
         assert len(history["feat"]) == 4 and made_from["teacher"] == result_of(finished)["weights"]["teacher"]
 
@@ -351,7 +353,9 @@ def test_unrelated_photographs_are_no_labels(given):
 @pytest.mark.parametrize("recipe, labelled", [("moi", False), ("chen2017", True)])
 def test_real_images_carry_labels_where_the_recipe_learns_from_them(recipe, labelled, tmp_path):
     tiny = read_parameters(ROOT / PARAMS / "tiny.yaml")
-    run(tiny | {"name": "real", "device": "cpu", "baselines": [], "photographs": "real", "recipe": recipe, "freeze_heads": False}, tmp_path)
+    real = {"name": "real", "device": "cpu", "baselines": [], "photographs": "real", "recipe": recipe, "freeze_heads": False}
+    told = run(tiny | real, tmp_path)["stages"]["transfer_set"]
+    assert (told["images"], told["asked"]) == (12, 16) # the world has no more
     images = open_transfer_set(tmp_path / "real/transfer_set")
     assert any(len(images.target(i)["boxes"]) for i in range(len(images))) == labelled
 
@@ -366,8 +370,13 @@ def test_a_folder_of_ones_own_and_a_teacher_of_ones_own(dataset, write, tmp_path
     given = read_parameters(ROOT / PARAMS / "tiny.yaml") | {
         "name": "own", "device": "cpu", "dataset": dataset, "data_root": str(tmp_path / "data"), "size": [64, 96],
         "classes": list(street.CLASSES), "impressions": 2, "textures": 2, "baselines": []}
-    first = run(given, tmp_path)
-    assert set(first["metrics"]) == {"teacher", "student", "retention", "val"}
+    first = run(given | {"baselines": ["supervised"]}, tmp_path)
+    assert set(first["metrics"]) == {"teacher", "student", "supervised", "retention", "val"}
+    from_labels = json.loads((tmp_path / "own/stages.json").read_text())
+    records = [json.loads((tmp_path / "stages" / n / "stage.json").read_text()) for n in from_labels if n.startswith("teacher-")]
+    assert [r["depends"]["spec"]["width"] for r in records] == [.25, .125]  # the student's size, trained as the teacher was
+    del first["metrics"]["supervised"]
+    assert records[0]["depends"]["training"] == records[1]["depends"]["training"] and "transfer_set_supervised" not in first["stages"]
     assert open_transfer_set(tmp_path / "own/transfer_set").image(0).shape == (3, 64, 96)
 
     teacher = shutil.copyfile(tmp_path / "own/teacher.safetensors", tmp_path / "mine.safetensors")

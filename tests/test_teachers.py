@@ -218,7 +218,8 @@ def test_version_01(tmp_path):
     loaded = load(tmp_path/"a.safetensors", NAMES, (64, 96))
     assert detector_hash(loaded) == detector_hash(mine)
     assert load(tmp_path/"a.safetensors", rules={"score": .3}).spec.rules.score == .3
-    wrongs = {"classes": dict(classes=[*NAMES[:2], "rust"]), "size": dict(size=(96, 96)), "says itself": dict(builder="fasterrcnn_resnet50_fpn")}
+    wrongs = {"classes": dict(classes=[*NAMES[:2], "rust"]), "size": dict(size=(96, 96)),
+        "says itself": dict(builder="fasterrcnn_resnet50_fpn")}
     for about, wrong in wrongs.items():
         with pytest.raises(ValueError, match=about):
             load(tmp_path/"a.safetensors", **wrong)

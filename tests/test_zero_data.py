@@ -45,6 +45,7 @@ FOLDERS = { # The only places on disk: transfer sets, and where a function write
     "moi.transfer_set.shards_done": {"folder"},
     "moi.transfer_set.join_shards": {"folder"},
     "moi.transfer_set.open_transfer_set": {"folder"},
+    "moi.transfer_set.is_whole": {"folder"},
     "moi.transfer_set.asked_targets": {"folder"},
     "moi.transfer_set.set_hash": {"folder"},
 }
