@@ -1,4 +1,5 @@
-"Writes README.md from the stored outputs of nbs/index.ipynb, or with --check says where the two differ"
+"""Writes README.md from the stored outputs of nbs/index.ipynb, or with --check says where the two differ. With --execute the
+notebook is run first, and unless --check is given its outputs are stored."""
 import argparse
 import difflib
 import posixpath
@@ -73,13 +74,23 @@ def from_root(text, folder, root):
     return "".join(piece if i % 2 else LINK.sub(moved, piece) for i, piece in enumerate(pieces))
 
 
-def render(root, execute=False):
-    "The text of README.md; with `execute` from a fresh run of the notebook, which is not saved"
-    nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
-    if execute:
-        from nbclient import NotebookClient
+def run(root):
+    "The notebook after a fresh run, without what would only make noise in a diff"
+    from nbclient import NotebookClient
 
-        NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(root / "nbs")}}).execute()
+    nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
+    before = nb.metadata.copy()
+    NotebookClient(nb, timeout=300, record_timing=False, resources={"metadata": {"path": str(root / "nbs")}}).execute()
+    nb.metadata = before
+    for cell in nb.cells:
+        for counted in (cell, *cell.get("outputs", [])):
+            if "execution_count" in counted:
+                counted.execution_count = None
+    return nb
+
+
+def render(root, nb):
+    "The text of README.md, of the notebook `nb`"
     text, _ = MarkdownExporter(preprocessors=[Directives]).from_notebook_node(nb)
     text = re.sub(r"\n{3,}", "\n\n", from_root(text, "nbs", root)).strip()
     return text + "\n\n<!-- Written by .ci/readme.py from nbs/index.ipynb: edit that. -->\n"
@@ -88,12 +99,16 @@ def render(root, execute=False):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; if README.md is old, say how, exit 1")
-    parser.add_argument("--execute", action="store_true", help="run the notebook first, instead of its stored outputs")
+    parser.add_argument("--execute", action="store_true", help="run the notebook first, instead of taking its stored outputs")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="the repository")
     args = parser.parse_args()
-    readme = args.root / "README.md"
-    new = render(args.root, args.execute)
+    readme, index = args.root / "README.md", args.root / "nbs/index.ipynb"
+    nb = run(args.root) if args.execute else nbformat.read(index, as_version=4)
+    stored = nbformat.writes(nb)
+    new = render(args.root, nb)
     if not args.check:
+        if args.execute:
+            index.write_text(stored.rstrip("\n") + "\n", encoding="utf-8")
         readme.write_text(new, encoding="utf-8")
         return
     old = readme.read_text(encoding="utf-8") if readme.exists() else ""

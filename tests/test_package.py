@@ -60,7 +60,7 @@ def dist(tmp_path_factory):
     tree = folder / "tree"
     for name in ("moi", "nbs", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in "setup.py settings.ini pyproject.toml MANIFEST.in README.md CONTRIBUTING.md LICENSE".split():
+    for name in "setup.py settings.ini pyproject.toml MANIFEST.in README.md CHANGELOG.md CONTRIBUTING.md LICENSE".split():
         shutil.copyfile(ROOT / name, tree / name)
     run("-c", "from setuptools import build_meta; build_meta.build_sdist('..')", cwd=tree)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as tar:
@@ -68,6 +68,11 @@ def dist(tmp_path_factory):
     (unpacked,) = (folder / "sdist").iterdir()
     run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", folder, cwd=unpacked)
     return folder
+
+
+def test_the_changelog_begins_with_this_version():
+    heading = next(line for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines() if line.startswith("## "))
+    assert heading == f"## {settings()['version']}"
 
 
 def package_files():
@@ -80,7 +85,7 @@ def test_the_sdist_holds_notebooks_and_licence(dist):
     (unpacked,) = (dist / "sdist").iterdir()
     names = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*")}
     assert package_files() <= names
-    assert {"nbs/index.ipynb", "settings.ini", "README.md", "LICENSE", "pyproject.toml"} <= names
+    assert {"nbs/index.ipynb", "settings.ini", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"} <= names
 
 
 def test_the_wheel_is_the_package_and_no_more(dist):

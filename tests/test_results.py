@@ -30,6 +30,17 @@ def test_a_result_says_what_came_out_and_how(file):
     assert {"params", "seed", "switches", "stages", "device", "versions", "commit"} <= set(result)
 
 
+@pytest.mark.parametrize("file", [f for f in RUNS if read(f)["versions"]["moi"] != "0.1.0"], ids=lambda f: f.parent.name)
+def test_a_result_of_today_says_what_a_student_costs_and_lacks(file):
+    result = read(file)
+    assert 0 < result["capacity"]["ratio"]["parameters"] <= 1 and type(result["not_inherited"]) is list
+    for name in ("teacher", "student"):
+        forms = {"torch", *result["params"]["export"]}
+        assert set(result["latency"][name]) == forms and all(ms > 0 for ms in result["latency"][name].values())
+    for kind in (k for k in ("retention", "agreement") if k in result["metrics"]):
+        assert set(result["metrics"][kind]) == {"AP", "AP50"}
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if f not in RUNS], ids=lambda f: f.parent.relative_to(ROOT / "results").as_posix())
 def test_a_benchmark_says_how_long_and_where(file):
     result = read(file)

@@ -1,0 +1,132 @@
+"What results/README.md and the README's table say is what the files under results/ say, and nothing is left out"
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "nbs/experiments/report.ipynb"
+RUN = json.loads((ROOT / "results/quickstart-s0/result.json").read_text(encoding="utf-8"))
+ON = {"device": {"type": "cpu", "name": "an abacus", "processes": 1}, "versions": {}, "commit": "c" * 40}
+
+
+def report(folder, out):
+    "The page of the results in `folder`, without a kernel"
+    cells = [c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code"]
+    code = "\n".join([cells[0], f"folder, out = {str(folder)!r}, {str(out)!r}", *cells[1:]])
+    exec(code, {"__annotations__": {}})
+    return out.read_text(encoding="utf-8")
+
+
+def put(root, path, content):
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def result(seed, **scores):
+    "A run like the quickstart's, with AP as given"
+    r = json.loads(json.dumps(RUN)) | {"seed": seed, "commit": f"{seed}" * 40}
+    r["params"] |= {"seed": seed, "widths": "slim"}
+    r["metrics"] = {k: RUN["metrics"]["student"] | {"AP": v, "AP50": v} for k, v in scores.items()}
+    return r
+
+
+def row(page, name):
+    "The cells of the first line that begins with `name`"
+    line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_page_in_results_is_what_the_notebook_writes(tmp_path):
+    written, kept = report(ROOT / "results", tmp_path / "page.md"), (ROOT / "results/README.md").read_text(encoding="utf-8")
+    assert written == kept, "run nbs/experiments/report.ipynb, then `python .ci/readme.py --execute`"
+    assert "## Not in a table" not in written
+
+
+def test_the_readme_shows_the_headline():
+    page, readme = ((ROOT / f).read_text(encoding="utf-8") for f in ("results/README.md", "README.md"))
+    assert re.search(r"<!-- headline -->.*<!-- /headline -->", page, re.S)[0] in readme
+
+
+def test_the_commands_name_files_that_are_there():
+    said = "\n".join(c.source for c in nbformat.read(NOTEBOOK, 4).cells)
+    paths = set(re.findall(r"nbs/[\w/]+\.(?:ipynb|yaml)", said))
+    assert len(paths) > 4 and all((ROOT / path).is_file() for path in paths)
+
+
+def test_a_table_is_medians_and_ranges_of_its_files(tmp_path):
+    for seed, ap in enumerate((.5, .6, .4)):
+        put(tmp_path, f"fidelity/mars-half-moi-s{seed}/result.json", result(seed, teacher=.8, student=ap))
+        put(tmp_path, f"fidelity/mars-half-real-s{seed}/result.json", result(seed, teacher=.8, student=.64))
+    page = report(tmp_path, tmp_path / "page.md")
+    cells = row(page, r"**impressions and textures**")
+    assert cells[1:3] == ["0.500 (0.400–0.600)"] * 2 and cells[3] == "62.5% (50.0%–75.0%)" and cells[5] == "0, 1, 2"
+    assert cells[6] == "0000000, 1111111, 2222222"
+    assert row(page, "real training images, unlabelled")[1:4] == ["0.640", "0.640", "80.0%"]
+    assert row(page, "the teacher")[1] == "0.800"
+
+
+def test_a_difference_names_the_ap_that_it_is_of(tmp_path):
+    ours, theirs = result(0, teacher=.8, student=.6), result(0, teacher=.8, student=.55)
+    ours["metrics"]["student"]["AP50"] = .9
+    for method, r in {"moi": ours, "real": theirs}.items(): put(tmp_path, f"fidelity/mars-slim-{method}-s0/result.json", r)
+    differ = {"difference": ours["metrics"]["student"]["AP"] - theirs["metrics"]["student"]["AP"], "low": -.01, "high": .09}
+    put(tmp_path, "fidelity/mars-slim-differences.json", {"slim, moi − real, seed 0": differ})
+    page = report(tmp_path, tmp_path / "page.md")
+    assert "AP of impressions and textures less that of the others" in page
+    assert "| real training images, unlabelled | +5.0 (-1.0 to +9.0) |" in page
+
+
+def test_a_compressed_student_is_the_headline_with_all_that_it_costs(tmp_path):
+    for seed in (0, 1):
+        r = result(seed, teacher=.8, student=.76, textures=.7, real=.77, inherited=.6, student_int8=.75, teacher_int8=.79)
+        r["metrics"]["agreement_int8"] = {"AP": .9, "AP50": .99}
+        r["metrics"]["student"]["protocol"] = {"R40": {"easy": .91, "Car": {"hard": .31}}}
+        r["metrics"]["teacher"]["protocol"] = {"R40": {"easy": .93, "Car": {"hard": .33}}}
+        r["capacity"]["student"]["total"] = {"parameters": 10**6, "flops": 10**9}
+        r["capacity"]["ratio"] = {"parameters": .25, "flops": .8}
+        times = {"teacher": {"torch": 20., "onnx": 18., "int8": 9.}, "student": {"torch": 10., "onnx": 8., "int8": 4. + seed}}
+        r["latency"] = times | {"teacher_same_proposals": {"torch": 15., "onnx": 12.}}
+        r["bytes"] = {k: {"onnx": 4 * 10**6, "int8": 10**6} for k in ("teacher", "student")}
+        put(tmp_path, f"compression/street-slim-s{seed}/result.json", r)
+        put(tmp_path, f"quickstart-s{seed}/result.json", result(seed, teacher=.5, student=.1))
+    page = report(tmp_path, tmp_path / "page.md")
+    head = page.split("<!-- headline -->")[1].split("<!-- /headline -->")[0]
+    cells = row(head, "**student**, on impressions and textures")
+    assert cells[1:] == ["0.760", "95.0%", "1.00", "1000", "10.0", "8.0", "4.5 (4.0–5.0)"]
+    assert row(head, "teacher, as few proposals as the student")[4:] == ["1250", "15.0", "12.0", ""]
+    assert row(head, "the same on real images")[1] == "0.770" and "half of all channels" in head and "0.100" not in head
+    assert row(page, "nothing: the student as it starts")[1] == "0.600"
+    assert row(page, "impressions and textures, then in INT8")[1] == "0.750"
+    assert "| R40, Car, hard | 0.330 | 0.310 |" in page and "in float32: AP 0.900, AP50 0.990" in page
+
+
+def test_what_the_compression_notebook_wrote_is_shown(tmp_path):
+    on = {"of": {}, "on": ON}
+    rows = {}
+    for seed in (0, 1):
+        rows[f"slim-s{seed}, teacher"] = {"AP": .8, "AP50": .9, "agreement": 1., "bytes": 1} | on
+        for kind, v in {"impressions": .91, "real images": .95}.items():
+            rows[f"slim-s{seed}, teacher, INT8, per channel, {kind}"] = {"AP": .7, "AP50": .9, "agreement": v + seed / 50} | on
+    put(tmp_path, "compression/int8.json", {"params": {"runs": ["slim-s0", "slim-s1"]}, "rows": rows})
+    detector = {"AP": .8, "AP50": .9, "bytes": 4 * 10**6, "parameters": 10**6, "flops": 10**9} | on
+    took = {"teacher": {"torch": 20., "onnx": 10.}, "slim": {"torch": 10., "onnx": 5.}, "slim, INT8": {"int8": 2.5}}
+    quick = {k: detector for k in took} | {"milliseconds": {"of each": took, "images": 3} | on}
+    put(tmp_path, "compression/latency.json", {"params": {}, "rows": quick})
+    large = [{"name": k, "proposals": 100, "milliseconds": {"torch": ms, "onnx": ms}, "parameters": 10**6, "flops": 10**9}
+        for k, ms in {"teacher": 40., "slim": 10.}.items()]
+    put(tmp_path, "compression/full-size.json", {"params": {}, "rows": {"milliseconds": {"detectors": large} | on}})
+    put(tmp_path, "compression/forgotten.json", {"rows": {}})
+    page = report(tmp_path, tmp_path / "page.md")
+    assert row(page, "INT8, per channel")[2:] == ["0.920 (0.910–0.930)", "0.960 (0.950–0.970)"]
+    assert row(page, "slim, INT8")[3:] == ["", "", "2.5 (0.25)", "1.00 (1.00)", "1000.00 (1.00)", "4.00 (1.00)"]
+    assert row(page, "slim, 100 proposals")[1] == "10.0 (0.25)" and "an abacus" in page
+    assert page.split("## Not in a table")[1].split("<!--")[0].strip() == "- [`compression/forgotten.json`](compression/forgotten.json)"
+
+
+def test_a_misspelt_parameter_is_refused():
+    cells = [c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code"]
+    with pytest.raises(ValueError, match="no parameter 'folders'; did you mean 'folder'"):
+        exec("\n".join([cells[0], "folders = 1", cells[1]]), {"__annotations__": {}})
