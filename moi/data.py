@@ -122,7 +122,7 @@ def write_record(
 ) -> Path: # `path`
     "Write plain values and their checksum"
     record = json.loads(json.dumps(record)) # names are texts, tuples are lists
-    return write_whole(path, json.dumps(record | {"checksum": _checksum(record)}, sort_keys=True).encode())
+    return write_whole(path, json.dumps(record | {"checksum": _checksum(record)}).encode()) # in the order given
 
 def read_record(
     path:Path # From `write_record`; or JSON without a checksum, as older versions wrote it
