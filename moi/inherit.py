@@ -362,18 +362,18 @@ class Moments:
     ) -> tuple[Tensor, Tensor]: # Weights `[G,D,K]` and intercepts `[G,K]`
         "The weights that give it best"
         near = nn.functional.pad(start.double(), (0, 0, 0, 1))
-        found = self._nearest(self.xx, self.xy, near, ridge)
+        found = _solver(self.xx, near, ridge)(self.xy)
         if flat and self.kept:
-            xx = sum(x.double().mT @ x.double() for x, *_ in self.kept)
+            solve = _solver(sum(x.double().mT @ x.double() for x, *_ in self.kept), near, ridge)
             for _ in range(rounds):
-                found = self._nearest(xx, sum(x.double().mT @ _silent(x, y, o, found.float(), flat).double() for x, y, o in self.kept),
-                    near, ridge)
+                found = solve(sum(x.double().mT @ _silent(x, y, o, found.float(), flat).double() for x, y, o in self.kept))
         return found[:, :-1].float(), found[:, -1].float()
 
-    def _nearest(self, xx, xy, near, ridge): # solve, and stay near
-        stay = ridge * xx.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp(min=1e-12)[:, None]
-        stay = nn.functional.pad(stay.expand(-1, near.shape[1] - 1), (0, 1), value=1e-9)              # [G,D+1]
-        return torch.linalg.solve(xx + torch.diag_embed(stay), xy + stay[..., None] * near)
+def _solver(xx, near, ridge): # the function from `xy` to the weights: what is the same each time is factorised once
+    stay = ridge * xx.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp(min=1e-12)[:, None]
+    stay = nn.functional.pad(stay.expand(-1, near.shape[1] - 1), (0, 1), value=1e-9)                  # [G,D+1]
+    factors = torch.linalg.lu_factor(xx + torch.diag_embed(stay))
+    return lambda xy: torch.linalg.lu_solve(*factors, xy + stay[..., None] * near)
 
 def _silent(x, y, other, weights, flat): # what is to be given, where a flat activation forgives: the student's own answer
     (low, high), own, wanted = flat, x @ weights + other, y + other
