@@ -613,6 +613,7 @@ def make_teacher(
     folder, record = stages.make("teacher", depends, make, shared=True, amount=s.training.steps * s.training.batch * work(spec))
     return folder/"teacher.safetensors", record
 
+# %% ../nbs/20_experiment.ipynb #c16c155c
 def untrained(
     spec:DetectorSpec,
     weights:str # Of its backbone: none, imagenet, or a path
@@ -1035,6 +1036,7 @@ A student makes its teacher's mistakes, and some of its own. Impressions are dra
 the data is not privacy.
 """
 
+# %% ../nbs/20_experiment.ipynb #4b8cec23
 def model_card(
     result:Mapping[str, Any], # What `result.json` holds
     spec:DetectorSpec # The student's

@@ -369,6 +369,7 @@ class Moments:
                 found = solve(sum(x.double().mT @ _silent(x, y, o, found.float(), flat).double() for x, y, o in self.kept))
         return found[:, :-1].float(), found[:, -1].float()
 
+# %% ../nbs/15_inherit.ipynb #49dc7d6f
 def _solver(xx, near, ridge): # the function from `xy` to the weights: what is the same each time is factorised once
     stay = ridge * xx.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp(min=1e-12)[:, None]
     stay = nn.functional.pad(stay.expand(-1, near.shape[1] - 1), (0, 1), value=1e-9)                  # [G,D+1]
