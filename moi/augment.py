@@ -9,6 +9,8 @@ __all__ = ['step_seed', 'Shared', 'uniform', 'move_boxes', 'view', 'random_affin
 import torch
 from torch import Tensor, nn
 
+from .detector import constant
+
 # %% ../nbs/07_augment.ipynb #60348f76
 def step_seed(
     seed:int, # The run's seed
@@ -31,11 +33,12 @@ class Shared(torch.Generator):
 # %% ../nbs/07_augment.ipynb #abb6d649
 def uniform(
     *shape:int, # The first is the number of this process's images
-    generator:torch.Generator|None=None # Randomness, on the CPU; one from `seeded_steps` knows who shares the batch
+    generator:torch.Generator|None=None, # Randomness, on the CPU; one from `seeded_steps` knows who shares the batch
+    device:torch.device|None=None # Where the numbers go; they are drawn on the CPU, so that all devices see the same
 ) -> Tensor: # In [0,1)
     "Random numbers for this process's part of a batch"
     n, mine = getattr(generator, "processes", 1), getattr(generator, "mine", 0)
-    return torch.rand(n * shape[0], *shape[1:], generator=generator).chunk(n)[mine]
+    return torch.rand(n * shape[0], *shape[1:], generator=generator).chunk(n)[mine].to(device, non_blocking=True)
 
 # %% ../nbs/07_augment.ipynb #bda4a767
 def move_boxes(
@@ -46,13 +49,13 @@ def move_boxes(
     visible:float=.3 # Smallest share of its area that a box must keep
 ) -> tuple[Tensor, Tensor]: # Boxes cut at the border, and labels, 0 for those that left
     "Move boxes as `view` moves the pixels"
-    half = boxes.new_tensor([size[1], size[0]]) / 2
-    factor, shift = affine[:, None, :2], affine[:, None, 2:]
-    a, b = ((boxes[..., i:i+2] / half - 1) * factor + shift for i in (0, 2))
-    moved = torch.cat([torch.minimum(a, b) + 1, torch.maximum(a, b) + 1], -1) * half.repeat(2)
-    cut = torch.minimum(moved.clamp(min=0), half.repeat(2) * 2)
-    area = lambda x: (x[..., 2:] - x[..., :2]).prod(-1)
-    keep = (area(cut) >= visible * area(moved)) & ((cut[..., 2:] - cut[..., :2]).amin(-1) >= 1)
+    half, whole = (constant((size[1] / k, size[0] / k) * 2, boxes.device) for k in (2, 1))
+    factor, shift = affine[:, None, None, :2], affine[:, None, None, 2:]
+    ends = (((boxes / half - 1).unflatten(-1, (2, 2)) * factor + shift) + 1) * half.view(2, 2)
+    moved = torch.cat([ends.amin(-2), ends.amax(-2)], -1)
+    cut = torch.minimum(moved.clamp(min=0), whole)
+    left, before = (x[..., 2:] - x[..., :2] for x in (cut, moved))
+    keep = (left.prod(-1) >= visible * before.prod(-1)) & (left.amin(-1) >= 1)
     return cut, labels * keep
 
 # %% ../nbs/07_augment.ipynb #147931b1
@@ -62,7 +65,7 @@ def view(
     padding:str="border" # What lies outside: `"border"`, `"reflection"` or `"zeros"`
 ) -> Tensor: # `float32[B,3,H,W]`
     "Mirror, scale and shift each image"
-    theta = torch.cat([torch.diag_embed(1 / affine[:, :2]), (-affine[:, 2:] / affine[:, :2])[..., None]], 2)  # [B,2,3]
+    theta = torch.cat([torch.diag_embed(affine[:, :2].reciprocal()), (-affine[:, 2:] / affine[:, :2])[..., None]], 2)  # [B,2,3]
     grid = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
     return nn.functional.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
@@ -73,14 +76,15 @@ def random_affine(
     flip:float=.5, # Probability of a mirror
     scale:tuple[float,float]=(.7, 1.4), # Smallest and largest factor, log-uniform
     shift:float=.2, # Largest shift, as a fraction of the image
-    aspect:float=1.1 # Largest ratio between horizontal and vertical factor
+    aspect:float=1.1, # Largest ratio between horizontal and vertical factor
+    device:torch.device|None=None # Where the result goes
 ) -> Tensor: # `float32[B,4]`, as `view` takes it
     "Draw a view for each image"
     u = uniform(b, 5, generator=generator)
     s = scale[0] * (scale[1] / scale[0])**u[:, 0]
     r = aspect**(u[:, 1] - .5)
     f = torch.where(u[:, 2] < flip, -1., 1.)
-    return torch.stack([f*s*r, s/r, *(2 * shift * (2*u[:, 3:] - 1)).T], 1)
+    return torch.stack([f*s*r, s/r, *(2 * shift * (2*u[:, 3:] - 1)).T], 1).to(device, non_blocking=True)
 
 # %% ../nbs/07_augment.ipynb #9f820bc2
 def random_colour(
@@ -89,10 +93,10 @@ def random_colour(
     strength:float=.3 # Largest relative change of contrast and of each channel, and twice the largest change of brightness
 ) -> Tensor: # `float32[B,3,H,W]` in [0,1]
     "Change contrast, brightness and the balance of the channels of each image"
-    u = 2 * uniform(len(images), 5, generator=generator) - 1
-    contrast, brightness, balance = (u * strength).to(images.device)[:, :, None, None].split([1, 1, 3], 1)
+    contrast, brightness, balance = (strength * (2 * uniform(len(images), 5, generator=generator) - 1)).split([1, 1, 3], 1)
+    by = torch.cat([1 + contrast, brightness / 2, 1 + balance], 1).to(images.device, non_blocking=True)[:, :, None, None]
     mean = images.mean((1, 2, 3), keepdim=True)
-    return (((images - mean) * (1 + contrast) + mean) * (1 + balance) + brightness / 2).clamp(0, 1)
+    return (((images - mean) * by[:, :1] + mean) * by[:, 2:] + by[:, 1:2]).clamp(0, 1)
 
 # %% ../nbs/07_augment.ipynb #e83fc074
 def paste(
@@ -106,19 +110,20 @@ def paste(
 ) -> tuple[Tensor, Tensor, Tensor]: # Images, boxes `[B,2N,4]`, labels `[B,2N]`
     "Paste a rectangle of each image's neighbour into it, with the objects that it shows"
     b, (h, w) = len(images), images.shape[-2:]
-    u = uniform(b, 5, generator=generator).to(images.device)
+    u, scale = uniform(b, 5, generator=generator), torch.tensor([w, h])
     wh = (sides[0] + (sides[1] - sides[0]) * u[:, :2]) * (u[:, 4:] < often)
-    scale = boxes.new_tensor([w, h])
     corner = ((1 - wh) * u[:, 2:4] * scale).round()
-    window = torch.cat([corner, corner + (wh * scale).round()], 1)                                  # [B,4]
-    other = (torch.arange(b, device=images.device) ^ 1).clamp(max=b - 1)
-    (x1, y1, x2, y2), x, y = window.T[..., None], torch.arange(w, device=images.device), torch.arange(h, device=images.device)
+    window = torch.cat([corner, corner + (wh * scale).round()], 1).to(boxes.device, non_blocking=True) # [B,4]
+    other, x, y = (constant(tuple(v), images.device, torch.int64) for v in ((min(i ^ 1, b - 1) for i in range(b)), range(w), range(h)))
+    x1, y1, x2, y2 = window.T[..., None]
     inside = ((y >= y1) & (y < y2))[:, None, :, None] & ((x >= x1) & (x < x2))[:, None, None]
     area = lambda v: (v[..., 2:] - v[..., :2]).clamp(min=0).prod(-1)
     cut = lambda v: torch.cat([torch.maximum(v[..., :2], window[:, None, :2]), torch.minimum(v[..., 2:], window[:, None, 2:])], -1)
-    whole, theirs = area(boxes).clamp(min=1e-9), cut(boxes[other])
-    ours = labels * (area(cut(boxes)) <= (1 - visible) * whole)
-    shown = (area(theirs) >= visible * whole[other]) & ((theirs[..., 2:] - theirs[..., :2]).amin(-1) >= 1)
+    both = torch.stack([boxes, boxes[other]])
+    _, theirs = within = cut(both)
+    (before, whole), (covered, left) = area(both).clamp(min=1e-9), area(within)
+    ours = labels * (covered <= (1 - visible) * before)
+    shown = (left >= visible * whole) & ((theirs[..., 2:] - theirs[..., :2]).amin(-1) >= 1)
     return (torch.where(inside, images[other], images), torch.cat([boxes, theirs.clamp(min=0)], 1),
         torch.cat([ours, labels[other] * shown], 1))
 
@@ -133,7 +138,7 @@ def random_views(
     padding:str="reflection" # What lies outside an image, as for `view`
 ) -> tuple[Tensor, Tensor, Tensor]: # Of the same shapes; objects beyond the first `N` that a view shows are left out
     "What teacher and student see in a step"
-    n, affine = labels.shape[1], random_affine(len(images), generator, scale=scale).to(images.device)
+    n, affine = labels.shape[1], random_affine(len(images), generator, scale=scale, device=images.device)
     images = random_colour(view(images, affine, padding), generator)
     boxes, labels = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
     if not mix: return images, boxes, labels

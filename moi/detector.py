@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'MOBILENETS', 'BACKBONES', 'TAPS', 'COARSE', 'RESAMPLING', 'parameter', 'check_value', 'key_of',
-           'did_you_mean', 'Spec', 'change', 'Rules', 'DetectorSpec', 'taps', 'ScaledResNet', 'bin_cells',
+           'did_you_mean', 'Spec', 'change', 'Rules', 'DetectorSpec', 'taps', 'ScaledResNet', 'constant', 'bin_cells',
            'covered_cells', 'SortedRoIAlign', 'GatherRoIAlign', 'ChannelsLastMLPHead', 'stride_early', 'RuledAnchors',
            'LimitedBoxCoder', 'LateRoIHeads', 'pillow_size', 'pillow_resize', 'opencv_size', 'opencv_resize',
            'LibraryTransform', 'read_state', 'load_backbone', 'build_mobilenet', 'build_pyramid', 'set_norms',
@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -259,6 +260,17 @@ class ScaledResNet(ResNet):
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
+# %% ../nbs/03_detector.ipynb #91c5c1b7
+@functools.lru_cache(1024)
+@torch.inference_mode(False) # what is kept must serve a backward pass, whoever asked first
+def constant(
+    values:float|tuple, # A number, or numbers in tuples of tuples, as `torch.tensor` takes them
+    device:torch.device, # Where they are kept
+    dtype:torch.dtype=torch.float32 # Of the tensor
+) -> Tensor: # The same tensor each time: never changed in place
+    "Numbers that a device keeps"
+    return torch.tensor(values, dtype=dtype, device=device)
+
 # %% ../nbs/03_detector.ipynb #04ffc6e3
 class _WeightedSum(torch.autograd.Function): # sum_k weight[i,k] * table[index[i,k]] for each i; no gradient for the weights
     @staticmethod
@@ -373,21 +385,22 @@ class SortedRoIAlign(MultiScaleRoIAlign):
 
 # %% ../nbs/03_detector.ipynb #f3e665c9
 class GatherRoIAlign(SortedRoIAlign):
-    "The same pool, which on a CPU gathers forwards and backwards"
+    "The same pool, which on a CPU gathers forwards and backwards, and elsewhere never waits for numbers of regions"
     def forward(self,
         x:dict[str,Tensor], # Pyramid levels `[B,C,h,w]`
         boxes:list[Tensor], # One `[R,4]` an image, in pixels
         image_shapes:list[tuple[int,int]] # `(H,W)` of each image
     ) -> Tensor: # `[ΣR,C,7,7]`
         "Pool each region from the level that suits its size"
-        if next(iter(x.values())).device.type != "cpu": return super().forward(x, boxes, image_shapes)
-        maps, level = self.levels(x, boxes, image_shapes)
-        bins, samples, least = self.output_size[0], self.sampling_ratio, 0. if self.aligned else 1.
         image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
+        where = torch.cat(boxes)
+        maps, level = self.levels(x, [where], image_shapes)
+        if level.device.type != "cpu": return self.pool_all(maps, level, image, where)
+        bins, samples, least = self.output_size[0], self.sampling_ratio, 0. if self.aligned else 1.
         h, w = (torch.tensor([f.shape[d] for f in maps]) for d in (2, 3))
         first = nn.functional.pad((len(boxes) * h * w).cumsum(0)[:-1], (1, 0))                      # a level's first cell
         h, w, first = h[level], w[level], first[level]
-        x1, y1, x2, y2 = (torch.cat(boxes) * torch.tensor(self.scales)[level, None] - .5 * self.aligned).unbind(1)
+        x1, y1, x2, y2 = (where * torch.tensor(self.scales)[level, None] - .5 * self.aligned).unbind(1)
         ask = (lambda *of: bin_cells(*of, bins, samples, least)) if samples > 0 else (lambda *of: covered_cells(*of, bins, least))
         (rows, wy, *ny), (columns, wx, *nx) = ask(y1, y2, h), ask(x1, x2, w)
         at = (rows + (image * h)[:, None, None]) * w[:, None, None] + first[:, None, None]
@@ -398,6 +411,19 @@ class GatherRoIAlign(SortedRoIAlign):
         table = _table(maps)
         out = _WeightedSum.apply(table, index, weight.to(table.dtype), starts)
         return out.view(-1, bins, bins, table.shape[1]).permute(0, 3, 1, 2)                         # channels stay last in memory
+
+    def pool_all(self,
+        maps:list[Tensor], # Pyramid levels `[B,C,h,w]`
+        level:Tensor, # `int64[R]`: each region's level
+        image:Tensor, # `int64[R]`, on the CPU: each region's image
+        boxes:Tensor # `[R,4]` in pixels
+    ) -> Tensor: # `[R,C,7,7]`
+        "Pool every region from every level, but far off the map, where the kernel reads nothing, where it is another's"
+        regions = torch.cat([image.to(boxes.dtype)[:, None].to(boxes.device, non_blocking=True), boxes], 1)
+        each, away = (constant(v, boxes.device) for v in (tuple(range(len(maps))), (0., *[-1e5] * 4)))
+        regions = torch.where(level[:, None] == each[:, None, None], regions, away)                 # [L,R,5]
+        pooled = [roi_align(f, r, self.output_size, s, self.sampling_ratio, self.aligned) for f, r, s in zip(maps, regions, self.scales)]
+        return functools.reduce(torch.add, pooled)
 
 # %% ../nbs/03_detector.ipynb #7501ceea
 class ChannelsLastMLPHead(TwoMLPHead):

@@ -10,7 +10,7 @@ __all__ = ['VERSION', 'RECIPES', 'PARTS', 'feature_loss', 'region_loss', 'hint_l
 # %% ../nbs/16_distill.ipynb #68213845
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import random_views
-from .detector import Spec, frozen, parameter
+from .detector import Spec, constant, frozen, parameter
 from .evaluate import agreement, predict
 from .outputs import anchors_of, encode, features, roi_outputs, rpn_outputs, rpn_outputs_at, supervised_losses
 from .regions import anchor_samples, match, pad_targets, propose, roi_loss, rpn_loss, shared_regions
-from .train import Engine, everywhere, fit, step_loader
+from .train import Engine, everywhere, fit, step_loader, try_step, within_memory
 
 # %% ../nbs/16_distill.ipynb #90862d1e
-VERSION = 1 # In the keys of stages: raised when the same spec gives other bytes
+VERSION = 2 # In the keys of stages: raised when the same spec gives other bytes
 
 # %% ../nbs/16_distill.ipynb #f96c07e4
 def feature_loss(
@@ -34,8 +34,9 @@ def feature_loss(
     teacher:Sequence[Tensor] # The same shapes
 ) -> Tensor: # Scalar; 0 for equal features, 1 for a student that sees nothing
     "Relative squared distance of the pyramids, averaged over levels"
-    parts = [(s - t).square().sum() / everywhere(t.square().sum(), 1e-9) for s, t in zip(student, teacher, strict=True)]
-    return torch.stack(parts).mean()
+    apart = torch.stack([F.mse_loss(s, t, reduction="sum") for s, t in zip(student, teacher, strict=True)])
+    whole = torch.stack([torch.linalg.vector_norm(t) for t in teacher]).square()
+    return (apart / everywhere(whole, 1e-9)).mean()
 
 # %% ../nbs/16_distill.ipynb #a15b51c3
 def region_loss(
@@ -71,10 +72,10 @@ def class_loss(
     temperature:float=1. # Softens both distributions
 ) -> Tensor: # Scalar, the mean over regions
     "Weighted divergence of the student's classes from the teacher's"
-    log_s, log_t = ((x / temperature).log_softmax(-1) for x in (student, teacher))
-    weight = log_t.new_ones(log_t.shape[-1])
-    weight[0] = background
-    return temperature**2 * (weight * log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    log_s, log_t = ((x if temperature == 1 else x / temperature).log_softmax(-1) for x in (student, teacher))
+    apart = F.kl_div(log_s, log_t, log_target=True, reduction="none")
+    if background != 1: apart = apart * constant((background, *[1.] * (apart.shape[-1] - 1)), apart.device)
+    return temperature**2 * apart.sum(-1).mean()
 
 # %% ../nbs/16_distill.ipynb #a36fe2a4
 def box_loss(
@@ -170,16 +171,17 @@ def distill_losses(
     ours = features(student, images)
     rpn_s, (logits, deltas) = rpn_outputs(student, ours), roi_outputs(student, ours, regions, size)
     levels, levels_t = [(adapt(x) if adapt else x).float() for x in ours.values()], [x.float() for x in theirs.values()]
-    soft, rpn = 1 - w["hard"], cache(lambda: rpn_losses(rpn_s, rpn_t))
+    soft, rpn = {k: 1 - w["hard"] for k in ("rpn_cls", "roi_cls")}, cache(lambda: rpn_losses(rpn_s, rpn_t))
     found = {
         "feat": lambda: feature_loss(levels, levels_t),
         "regions": lambda: region_loss(levels, levels_t, boxes, labels, size),
         "hint": lambda: hint_loss(levels, levels_t),
-        "rpn_cls": lambda: soft * rpn()["rpn_cls"],
+        "rpn_cls": lambda: rpn()["rpn_cls"],
         "rpn_box": lambda: rpn()["rpn_box"],
-        "roi_cls": lambda: soft * class_loss(logits, logits_t, w.get("background", 1.), w.get("temperature", 1.)),
+        "roi_cls": lambda: class_loss(logits, logits_t, w.get("background", 1.), w.get("temperature", 1.)),
         "roi_box": lambda: box_loss(deltas[:, :, 1:], deltas_t[:, :, 1:], logits_t.softmax(-1)[..., 1:])}
-    losses = {k: w[k] * loss() for k, loss in found.items() if w[k]}
+    weight = {k: w[k] * soft.get(k, 1.) for k in found}
+    losses = {k: loss() if weight[k] == 1 else weight[k] * loss() for k, loss in found.items() if w[k]}
     if w["hard"] or w["bounded"]:
         losses |= _on_targets(student, ours, boxes, labels, proposed, regions, logits, deltas, deltas_t, size, generator, w)
     return losses
@@ -188,7 +190,9 @@ def distill_losses(
 def _on_targets(student, ours, boxes, labels, proposed, regions, logits, deltas, deltas_t, size, generator, w):
     "Chen's hard losses and bounded regression: the pseudo-targets as labels"
     index, picked, wanted = anchor_samples(student, ours, boxes, labels, proposed, size, generator=generator)
-    hard = rpn_loss(*rpn_outputs_at(student, ours, index), wanted, picked)
+    counted = (picked >= 0).sum().clamp(min=1)
+    share = counted / everywhere(counted)   # 1 where this process is alone: each divides by what it counts itself
+    hard = {k: share * v for k, v in rpn_loss(*rpn_outputs_at(student, ours, index), wanted, picked).items()}
     state, which = match(regions, boxes, labels)
     take = lambda x, i: x.gather(1, i[..., None].expand(-1, -1, 4))
     wanted, label = encode(student.roi_heads, take(boxes, which), regions), labels.gather(1, which) * (state == 1)
@@ -270,7 +274,6 @@ def distill(
     seed:int=0, # Order of the images, views and regions
     every:int=200, # Steps between two looks
     objects:int=12, # Pseudo-targets of an image that count, at most; all where the recipe learns from labels
-    workers:int=0, # Processes that decode images
     engine:Engine|None=None, # Processes and precision; none is this process alone, in full precision
     checkpoint:Path|None=None, # File that a killed run goes on from
     progress:str="distill" # Name on the progress bar; an empty one hides it
@@ -280,10 +283,12 @@ def distill(
     labelled = learns_from_labels(w)
     if labelled: objects = max(objects, *(len(dataset[i][1]["labels"]) for i in range(len(dataset))))
     check_pair(student, teacher, tuple(dataset[0][0].shape[-2:]))
+    if d.mix and engine and engine.processes > 1 and d.batch // engine.processes % 2: # images are pasted into one another by pairs
+        raise ValueError(f"batch is {d.batch}; with mix, each of {engine.processes} processes needs an even number of its images")
     if not d.steps: return {}
     adapt = adapt or adaptation(student, teacher, w)
     def losses(batch, generator):
-        images, targets = batch[0].to(device).float() / 255, pad_targets(batch[1], objects, device)
+        images, *targets = batch[0].float() / 255, *batch[1:]
         seen = random_views(images, *targets, generator, d.mix, padding="border" if labelled else "reflection")
         return distill_losses(student, teacher, *seen, generator, w, adapt=adapt)
     student.train()
@@ -291,8 +296,10 @@ def distill(
         if isinstance(m, nn.BatchNorm2d) and (hold_moments or not m.weight.requires_grad): m.eval() # what is frozen stays as it is
     with frozen(teacher):
         judge = agreement_judge(teacher, held_out) if held_out is not None else None
-        return fit(student, losses, step_loader(dataset, d.batch, d.steps, seed, workers, engine), d.steps, d.lr, ema=d.ema, seed=seed,
-            extra=adapt, judge=judge, every=every, checkpoint=checkpoint, engine=engine, progress=progress)
+        data = step_loader(dataset, d.batch, d.steps, seed, objects, engine, device)
+        work = partial(fit, student, losses, data, d.steps, d.lr, ema=d.ema, seed=seed, extra=adapt, judge=judge, every=every,
+            checkpoint=checkpoint, engine=engine, progress=progress)
+        return within_memory(work, "batch", d.batch, try_step(losses, data, engine))
 
 # %% ../nbs/16_distill.ipynb #21f54297
 def adaptation(

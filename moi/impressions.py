@@ -26,7 +26,7 @@ from .regions import anchor_samples, batch_iou, candidate_regions, match, pad_ta
 from .train import Engine, cosine, seeded_steps
 
 # %% ../nbs/12_impressions.ipynb #90862d1e
-VERSION = 1 # In the keys of stages: raised when the same spec gives other bytes
+VERSION = 2 # In the keys of stages: raised when the same spec gives other bytes
 
 # %% ../nbs/12_impressions.ipynb #e42ae572
 def total_variation(
@@ -43,26 +43,39 @@ def l2_prior(
     return (images - .5).square().mean() * images.shape[1]
 
 # %% ../nbs/12_impressions.ipynb #e5d3eb0c
-class _Moments(torch.autograd.Function): # mean and variance of each channel of float32[B,C,h,w] on a CPU: one pass forwards, one backwards
+class _Moments(torch.autograd.Function): # mean and variance of each channel of `maps`: one pass over each forwards, one backwards
     @staticmethod
-    def forward(ctx, x):
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.)
-        ctx.save_for_backward(x, mean)
+    def forward(ctx, *maps):
+        found = [_stats(x.to(torch.promote_types(x.dtype, torch.float32))) for x in maps]
+        mean, var = (torch.cat(v) for v in zip(*found))
+        ctx.save_for_backward(mean, *maps)
         return mean, var
 
     @staticmethod
     def backward(ctx, of_mean, of_var):
-        x, mean = ctx.saved_tensors
-        n = x.numel() // x.shape[1]
-        slope = 2 / n * of_var
-        return torch.addcmul((of_mean / n - slope * mean)[:, None, None], slope[:, None, None], x)
+        mean, *maps = ctx.saved_tensors
+        channels = [x.shape[1] for x in maps]
+        share = _shares(tuple((x.numel() // x.shape[1], x.shape[1]) for x in maps), mean.device)
+        slope = 2 * share * of_var
+        at = zip(maps, (of_mean * share - slope * mean).split(channels), slope.split(channels))
+        return *(torch.addcmul(a[:, None, None], b[:, None, None], x.to(a.dtype)).to(x.dtype) for x, a, b in at),
+
+def _stats(x): # mean and variance of each channel
+    if x.device.type == "cpu": return torch.batch_norm_update_stats(x, None, None, 0.) # torch.var_mean took 20 times as long
+    return torch.var_mean(x, (0, 2, 3), correction=0)[::-1]
+
+@functools.lru_cache(64)
+@torch.inference_mode(False)
+def _shares(maps, device): # one over the number of values, for each channel of maps of n values a channel and c channels
+    n, c = (torch.tensor(v, dtype=torch.float64) for v in zip(*maps))
+    return (1 / n).repeat_interleave(c.long()).float().to(device)
 
 # %% ../nbs/12_impressions.ipynb #27415ed7
 def moments(
-    x:Tensor # `float32[B,C,h,w]`
-) -> tuple[Tensor, Tensor]: # Mean and variance (of all, without a correction) of each channel, `[C]`
-    "What a BatchNorm layer in training would note of `x`; on a CPU `torch.var_mean` took 20 times as long"
-    return _Moments.apply(x) if x.device.type == "cpu" else torch.var_mean(x, (0, 2, 3), correction=0)[::-1]
+    *maps:Tensor # `float32[B,C,h,w]` or `bfloat16`, each of another shape
+) -> tuple[Tensor, Tensor]: # Mean and variance (of all, without a correction) of each channel, map after map, `float32[ΣC]`
+    "What BatchNorm layers in training would note of `maps`"
+    return _Moments.apply(*maps)
 
 # %% ../nbs/12_impressions.ipynb #eafe9a94
 @contextlib.contextmanager
@@ -70,17 +83,17 @@ def batchnorm_prior(
     detector:nn.Module # With `BatchNorm2d` or `FrozenBatchNorm2d` layers, in evaluation mode; of a detector its backbone counts
 ) -> Iterator[Callable[[], Tensor]]: # `prior()` gives the loss of the last forward pass
     "Watch what every BatchNorm layer sees, and compare it with what the layer remembers"
-    seen = {}
-    def watch(layer, inputs):
-        x, mean, var, eps = inputs[0].float(), layer.running_mean, layer.running_var, 1e-3
-        alive = var > 1e-6
-        m, v = moments(x)
-        terms = (m - mean)**2 / (var + eps) + (((v + eps) / (var + eps)).sqrt() - 1)**2
-        seen[layer] = (terms * alive).sum() / alive.sum().clamp(min=1)
     seers = getattr(detector, "backbone", detector) # a box head sees regions, and which ones is the painter's choice
-    layers = [m for m in seers.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))]
+    layers, seen, eps = [m for m in seers.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d))], {}, 1e-3
+    mean, var = (torch.cat([getattr(m, of) for m in layers]) for of in ("running_mean", "running_var"))
+    alive = [m.running_var > 1e-6 for m in layers]
+    weight, scale = torch.cat([a / a.sum().clamp(min=1) / len(layers) for a in alive]), 1 / (var + eps)
+    def prior():
+        m, v = moments(*(seen.pop(layer) for layer in layers)) # not kept: they are all that a step remembers
+        return (weight * (scale * (m - mean)**2 + ((scale * (v + eps)).sqrt() - 1)**2)).sum()
+    def watch(layer, inputs): seen[layer] = inputs[0]
     handles = [m.register_forward_pre_hook(watch) for m in layers]
-    try: yield lambda: sum(seen.values()) / max(1, len(seen))
+    try: yield prior
     finally:
         for h in handles: h.remove()
 
@@ -228,7 +241,7 @@ def synthesise(
     p, size, device, prior_weight = painting, detector.spec.size, next(detector.parameters()).device, painting.prior(detector)
     boxes, labels, soft = _padded(targets, device)
     grids = [x.to(device).requires_grad_() for x in init_grids(len(targets), size, torch.Generator().manual_seed(seed), p.pixels)]
-    optimiser = torch.optim.Adam(grids, p.lr)
+    optimiser = torch.optim.Adam(grids, p.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: cosine(i, p.steps))
     proposals, history = boxes.new_zeros(len(targets), 16, 4), {}
     prior_of = batchnorm_prior if prior_weight else contextlib.nullcontext
@@ -241,9 +254,9 @@ def synthesise(
             if p.adapt and step % p.adapt == p.adapt - 1:
                 targets = _adapted(detector, images, targets, size)
                 boxes, labels, soft = _padded(targets, device)
-            affine = random_affine(len(images), generator, scale=(.85, 1.15), shift=.1).to(device)
-            moved, present = move_boxes(boxes, labels, size, affine)
-            proposed, _ = move_boxes(proposals, labels[:, :1], size, affine)
+            affine = random_affine(len(images), generator, scale=(.85, 1.15), shift=.1, device=device)
+            moved, present = move_boxes(torch.cat([boxes, proposals], 1), F.pad(labels, (0, proposals.shape[1])), size, affine)
+            (moved, proposed), present = moved.split([labels.shape[1], proposals.shape[1]], 1), present[:, :labels.shape[1]]
             with autocast():
                 losses = impression_losses(detector, view(images, affine), moved, present, proposed, generator, soft=soft, student=student)
             if student is not None: losses["compete"] = p.compete * losses["compete"]

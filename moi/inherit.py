@@ -496,7 +496,7 @@ def covariances(
             if w.into and not w.norm: watch(w)
         for x, at in zip(images, boxes):
             view = features(detector, x)
-            rpn_outputs(detector, view), roi_outputs(detector, view, at, tuple(x.shape[-2:]))
+            detector.rpn.head(list(view.values())), roi_outputs(detector, view, at, tuple(x.shape[-2:]))
         for h in handles: h.remove()
     mean = {k: t[:-1, -1] / t[-1, -1] for k, t in total.items()}
     return {k: t[:-1, :-1] / t[-1, -1] - torch.outer(mean[k], mean[k]) for k, t in total.items()}
@@ -599,7 +599,7 @@ def _asked(student, teacher, w, norms, other, images, boxes, kept): # what a lay
     with Watch(student, sorted(names)) as ours, Watch(teacher, sorted(names)) as theirs:
         for d in (student, teacher):
             view = features(d, images)
-            if part == "rpn": rpn_outputs(d, view)
+            if part == "rpn": d.rpn.head(list(view.values()))
             if part == "roi_heads": roi_outputs(d, view, boxes, tuple(images.shape[-2:]))
     take = lambda x: kept[w.out].of(x) if w.out else x
     for k, x in enumerate(ours.read[w.name]):

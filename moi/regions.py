@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import uniform
-from .outputs import anchor_strides, anchors_of, decode, encode
+from .detector import constant
+from .outputs import anchor_layout, anchors_of, decode, encode
 
 # %% ../nbs/08_regions.ipynb #4018e7cb
 AREA, ASPECT = (.01, .3), 2.5 # of boxes anywhere: smallest and largest area, a fraction of the image, and largest ratio of the sides
@@ -26,7 +27,8 @@ def sample_boxes(
     size:tuple[int,int], # Image `(height, width)` in pixels
     area:tuple[float,float]=AREA, # Smallest and largest area, as a fraction of the image
     max_aspect:float=ASPECT, # Largest ratio between the sides, at least 1
-    generator:torch.Generator|None=None # Randomness; `None` is torch's global generator
+    generator:torch.Generator|None=None, # Randomness; `None` is torch's global generator
+    device:torch.device|None=None # Where the result lives
 ) -> Tensor: # `float32[...,4]`, `(x1,y1,x2,y2)` in pixels, inside the image
     "Draw boxes, log-uniform in area and aspect ratio, uniform in position"
     h, w = size
@@ -36,9 +38,10 @@ def sample_boxes(
     u = uniform(*shape, 4, generator=generator)
     a = h * w * lo * (hi / lo)**u[..., 0]
     r = max_aspect**(2*u[..., 1] - 1)
-    wh = torch.minimum(torch.stack([(a * r).sqrt(), (a / r).sqrt()], -1), torch.tensor([float(w), h]))
-    xy = u[..., 2:] * (torch.tensor([w, h]) - wh)
-    return torch.cat([xy, xy + wh], -1)
+    whole = constant((w, h), u.device)                                                              # nothing waits for a copy
+    wh = torch.minimum(torch.stack([(a * r).sqrt(), (a / r).sqrt()], -1), whole)
+    xy = u[..., 2:] * (whole - wh)
+    return torch.cat([xy, xy + wh], -1).to(device, non_blocking=True)
 
 # %% ../nbs/08_regions.ipynb #c0a17ed1
 def counted(
@@ -86,11 +89,12 @@ def match(
     "Which object each region stands for"
     iou = batch_iou(regions, boxes) * (labels > 0)[:, None]         # [B,R,N]
     overlap, index = iou.max(-1)                                    # [B,R]
-    state = torch.where(overlap >= high, 1, torch.where(overlap < low, 0, -1))
+    it = overlap >= high
     if best:
-        top = iou.max(1, keepdim=True).values                       # [B,1,N]
-        state = torch.where(((iou == top) & (top > 0)).any(-1), 1, state)
-    return state, index
+        top = iou.amax(1, keepdim=True)                             # [B,1,N]
+        it = it | ((iou == top) & (top > 0)).any(-1)
+    one, zero, neither = (constant(v, iou.device, torch.int64) for v in (1, 0, -1))
+    return torch.where(it, one, torch.where(overlap < low, zero, neither)), index
 
 # %% ../nbs/08_regions.ipynb #9b35eb98
 def pick(
@@ -100,11 +104,12 @@ def pick(
     generator:torch.Generator|None=None # Randomness, on the CPU
 ) -> tuple[Tensor, Tensor]: # Indices `int64[B,n]`, and their states, -1 where too few were left to pick from
     "Pick at random up to `positives` objects, and background for the rest"
-    noise = torch.rand(state.shape, generator=generator).to(state.device)
-    rank = torch.where(state == 1, noise, -1.).argsort(1, descending=True).argsort(1)      # a region's place among the objects
-    order = torch.where(state == 1, torch.where(rank < positives, 3 + noise, -1.), torch.where(state == 0, 1 + noise, -2.))
-    value, index = order.topk(n, 1)
-    return index, torch.where(value >= 0, state.gather(1, index), -1)
+    noise = uniform(*state.shape, generator=generator, device=state.device)
+    objects = state == 1
+    rank = (noise + objects).argsort(1, descending=True).argsort(1)                                 # objects come first
+    chosen = objects & (rank < positives)
+    value, index = (noise.add(chosen, alpha=2) + (chosen | (state == 0)).mul(4)).topk(n, 1)
+    return index, torch.where(value >= 4, state.gather(1, index), constant(-1, state.device, torch.int64))
 
 # %% ../nbs/08_regions.ipynb #0b27b69c
 def nearest_anchors(
@@ -114,15 +119,11 @@ def nearest_anchors(
     size:Sequence[int] # Image `(H,W)` in pixels
 ) -> Tensor: # `int64[B,N,K]`: one anchor of each of the `K` shapes there are, numbered as in `rpn_outputs`
     "For every box and shape of anchor, the one with the nearest centre; the anchor that overlaps the box most is among them"
-    centre, out, first = (boxes[..., :2] + boxes[..., 2:]) / 2, [], 0
-    for f, base, stride in zip(view.values(), detector.rpn.anchor_generator.cell_anchors, anchor_strides(detector, view, size)):
-        (h, w), k = f.shape[-2:], len(base)
-        off = ((base[:, :2] + base[:, 2:]) / 2).to(boxes.device) # where a shape's centre lies in its cell
-        at = (centre[..., None, :] - off) / boxes.new_tensor(stride)                                # [B,N,k,2]
-        x, y = at.round().long().unbind(-1)
-        out.append(first + (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)) * k + torch.arange(k, device=boxes.device))
-        first += h * w * k
-    return torch.cat(out, -1)
+    there, centre = anchor_layout(detector, view, size), (boxes[..., :2] + boxes[..., 2:]) / 2
+    at = ((centre[..., None, None, :] - there.centres) / there.strides).round().long()              # [B,N,L,k,2]
+    x, y = torch.minimum(at.clamp(min=0), there.most).unbind(-1)
+    k = there.centres.shape[1]
+    return (there.first + (y * (there.most[..., 0] + 1) + x) * k + constant(tuple(range(k)), boxes.device, torch.int64)).flatten(-2)
 
 # %% ../nbs/08_regions.ipynb #fa05cd28
 @torch.no_grad()
@@ -138,7 +139,7 @@ def propose(
     score, index = objectness.topk(min(8 * n, objectness.shape[1]), 1)
     four = index[..., None].expand(-1, -1, 4)
     boxes = decode(detector.rpn, deltas.gather(1, four), anchors[index])
-    boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([size[1], size[0]] * 2))
+    boxes = torch.minimum(boxes.clamp(min=0), constant((size[1], size[0]) * 2, boxes.device))
     hidden = (batch_iou(boxes, boxes).triu(1) > detector.rpn.nms_thresh).any(1)                     # by a better one
     first = hidden.int().argsort(dim=1, stable=True)[:, :n]
     return boxes.gather(1, first[..., None].expand(-1, -1, 4))
@@ -157,10 +158,10 @@ def candidate_regions(
     "Regions to choose from: the objects, copies a little off, proposals, random boxes"
     b, n = labels.shape
     wh = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)[:, :, None]
-    u = jitter * (2 * uniform(b, n, jitters, 4, generator=generator) - 1).to(boxes.device)
+    u = (jitter * (2 * uniform(b, n, jitters, 4, generator=generator) - 1)).to(boxes.device, non_blocking=True)
     copies = (boxes[:, :, None] + u * wh).flatten(1, 2)
-    anywhere = sample_boxes((b, randoms), size, generator=generator).to(boxes.device)
-    limit = boxes.new_tensor([size[1], size[0]] * 2)
+    anywhere = sample_boxes((b, randoms), size, generator=generator, device=boxes.device)
+    limit = constant((size[1], size[0]) * 2, boxes.device)
     return torch.cat([boxes, torch.minimum(copies.clamp(min=0), limit), proposals, anywhere], 1)
 
 # %% ../nbs/08_regions.ipynb #34909aeb
@@ -194,11 +195,11 @@ def anchor_samples(
 ) -> tuple[Tensor, Tensor, Tensor]: # Anchors `int64[B,n]`, their states (as from `pick`), and the deltas `[B,n,4]` to their objects
     "Anchors to ask about: around the objects, at the teacher's proposals, and anywhere"
     every = anchors_of(detector, pyramid, size)
-    near = nearest_anchors(detector, pyramid, boxes, size).flatten(1)
-    taken = nearest_anchors(detector, pyramid, proposals, size)                                     # [B,P,K]
+    near, taken = nearest_anchors(detector, pyramid, torch.cat([boxes, proposals], 1), size).split([boxes.shape[1], proposals.shape[1]], 1)
     most = batch_iou(proposals[:, :, None], every[taken]).squeeze(2).argmax(-1, keepdim=True)
-    anywhere = torch.randint(len(every), (len(boxes), n), generator=generator).to(boxes.device)
-    some = torch.cat([near, taken.gather(2, most).squeeze(2), anywhere], 1)
+    anywhere = (uniform(len(boxes), n, generator=generator) * len(every)).long().clamp(max=len(every) - 1)
+    anywhere = anywhere.to(boxes.device, non_blocking=True)
+    some = torch.cat([near.flatten(1), taken.gather(2, most).squeeze(2), anywhere], 1)
     state, which = match(every[some], boxes, labels, .7, .3, best=True)
     index, picked = pick(state, n, n // 2, generator)
     take = lambda x, i: x.gather(1, i[..., None].expand(-1, -1, 4))
