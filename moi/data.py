@@ -8,8 +8,8 @@ __all__ = ['log', 'HANDLING', 'SAID', 'MOST_PIXELS', 'ENDINGS', 'DataError', 'Pr
            'links_out', 'check_target', 'open_image', 'eight_bits', 'read_image', 'write_image', 'encode_png',
            'check_image', 'find_images', 'image_size', 'pack_strings', 'unpack_strings', 'Ragged', 'Packed',
            'DetectionDataset', 'describe', 'join', 'join_packed', 'Parsed', 'assemble', 'choose', 'count_rest',
-           'nearest', 'labels_of', 'fingerprint', 'cached', 'save_parsed', 'load_parsed', 'sound', 'resize', 'Resized',
-           'TargetList', 'split_targets', 'collate']
+           'nearest', 'labels_of', 'fingerprint', 'cached', 'save_parsed', 'load_parsed', 'sound', 'resize',
+           'handed_down', 'Resized', 'TargetList', 'split_targets', 'collate']
 
 # %% ../nbs/00_data.ipynb #5f269f07
 import copy
@@ -18,6 +18,8 @@ import hashlib
 import io
 import json
 import logging
+import math
+import mmap
 import os
 import shutil
 import stat
@@ -662,6 +664,13 @@ def resize(
     if tuple(image.shape[1:]) == tuple(size): return image
     return F.interpolate(image[None], size=tuple(size), mode="bilinear", antialias=True)[0]
 
+# %% ../nbs/00_data.ipynb #366abf6b
+def handed_down(
+    *shape:int
+) -> Tensor: # `uint8[*shape]`, zeros
+    "Memory that this process and those that it forks share"
+    return torch.frombuffer(mmap.mmap(-1, max(1, math.prod(shape))), dtype=torch.uint8)[:math.prod(shape)].view(shape)
+
 # %% ../nbs/00_data.ipynb #e4784864
 class Resized(Dataset):
     "A dataset whose images are all squeezed to one size, boxes with them; everything else is the dataset's own"
@@ -672,8 +681,7 @@ class Resized(Dataset):
     ):
         self.dataset,self.size,self.memory = dataset,tuple(size),None
         if cache:
-            self.memory = torch.zeros(len(dataset), 3, *size, dtype=torch.uint8).share_memory_()
-            self.ready = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+            self.memory,self.ready = handed_down(len(dataset), 3, *size),handed_down(len(dataset)).view(torch.bool)
 
     def __getattr__(self, name):
         if name.startswith("_") or name == "dataset": raise AttributeError(name)

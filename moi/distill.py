@@ -23,7 +23,7 @@ from .detector import Spec, constant, frozen, parameter
 from .evaluate import agreement, predict
 from .outputs import anchors_of, encode, features, roi_outputs, rpn_outputs, rpn_outputs_at, supervised_losses
 from .regions import anchor_samples, match, pad_targets, propose, roi_loss, rpn_loss, shared_regions
-from .train import Engine, everywhere, fit, step_loader, try_step, within_memory
+from .train import Engine, everywhere, fit, step_loader, try_step, warn_of_samples, within_memory
 
 # %% ../nbs/16_distill.ipynb #90862d1e
 VERSION = 2 # In the keys of stages: raised when the same spec gives other bytes
@@ -190,8 +190,8 @@ def distill_losses(
 def _on_targets(student, ours, boxes, labels, proposed, regions, logits, deltas, deltas_t, size, generator, w):
     "Chen's hard losses and bounded regression: the pseudo-targets as labels"
     index, picked, wanted = anchor_samples(student, ours, boxes, labels, proposed, size, generator=generator)
-    counted = (picked >= 0).sum().clamp(min=1)
-    share = counted / everywhere(counted)   # 1 where this process is alone: each divides by what it counts itself
+    counted = (picked >= 0).sum().float()
+    share = counted.clamp(min=1) / everywhere(counted, 1.) # 1 where this process is alone; `rpn_loss` divides by what it counts itself
     hard = {k: share * v for k, v in rpn_loss(*rpn_outputs_at(student, ours, index), wanted, picked).items()}
     state, which = match(regions, boxes, labels)
     take = lambda x, i: x.gather(1, i[..., None].expand(-1, -1, 4))
@@ -283,9 +283,10 @@ def distill(
     labelled = learns_from_labels(w)
     if labelled: objects = max(objects, *(len(dataset[i][1]["labels"]) for i in range(len(dataset))))
     check_pair(student, teacher, tuple(dataset[0][0].shape[-2:]))
-    if d.mix and engine and engine.processes > 1 and d.batch // engine.processes % 2: # images are pasted into one another by pairs
+    if d.mix and engine and engine.processes > 1 and d.batch / engine.processes % 2 == 1: # images are pasted into one another by pairs
         raise ValueError(f"batch is {d.batch}; with mix, each of {engine.processes} processes needs an even number of its images")
     if not d.steps: return {}
+    if w.get("supervised"): warn_of_samples(engine)
     adapt = adapt or adaptation(student, teacher, w)
     def losses(batch, generator):
         images, *targets = batch[0].float() / 255, *batch[1:]

@@ -62,7 +62,7 @@ from .layouts import COCODataset, KITTIDataset, Part, VOCDataset, check, check_i
 from .outputs import capacity, latency
 from .pseudo_targets import Laws
 from .regions import counted
-from .train import Engine, Training, train_detector
+from .train import Engine, Training, out_of_memory, train_detector
 from .transfer_set import NOTHING, TransferSpec, join_shards, open_transfer_set, set_hash, write_shard
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Comparison(Spec):
 class Specs(NamedTuple):
     "What a run's parameters say to each stage"
     world:World
-    engine:dict[str, str] # Fields of an `Engine`
+    engine:dict[str, str|int] # Fields of an `Engine`
     teacher:TeacherSpec
     training:Training
     transfer:TransferSpec
@@ -321,16 +321,17 @@ class Stages:
         "The result of a stage: made now, or taken from an earlier run that asked for the same"
         folder = self.folder(kind, depends)
         self._use(folder)
-        if there := self.record(folder): return folder, there | {"reused": True}
+        if there := self.record(folder): return self._taken(folder, there)
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder, lambda: self.record(folder)) if self.main else contextlib.nullcontext():
             if self.engine: self.engine.wait()
-            if there := self.record(folder): return folder, there | {"reused": True} # another run has made it meanwhile
+            if there := self.record(folder): return self._taken(folder, there) # another run has made it meanwhile
             start, made, peak = time.perf_counter(), {}, Peak(self.engine)
             if self.main:
                 clear_parts(folder)
                 noted = _note_commit(folder/"commits.json")
-            if self.main or shared: made = make(folder) or {}
+            with _named(folder):
+                if self.main or shared: made = make(folder) or {}
             if self.engine: self.engine.wait()
             seconds = round(time.perf_counter() - start, 2)
             made |= {"kind": kind, "depends": depends, "seconds": seconds, "amount": amount, "memory": peak.read()}
@@ -341,6 +342,11 @@ class Stages:
             if self.engine: self.engine.wait()
             return folder, self.record(folder) | {"reused": False}
 
+    def _taken(self, folder, record): # a complete stage, without what is left where a process was killed as soon as it was complete
+        for name in ("commits.json", "training.pt", ".lock") if self.main else ():
+            with contextlib.suppress(OSError): (folder/name).unlink(missing_ok=True)
+        return folder, record | {"reused": True}
+
     def _use(self, folder): # note that this run uses a stage
         if folder.name not in self.used: self.used.append(folder.name)
         if not self.name or not self.main: return
@@ -349,6 +355,13 @@ class Stages:
         if not listed.is_file() or listed.read_bytes() != text: write_whole(listed, text)
 
 # %% ../nbs/20_experiment.ipynb #e9e264d1
+@contextlib.contextmanager
+def _named(folder): # errors of the system, such as that no space is left on the device, say where
+    try: yield
+    except OSError as e:
+        if e.errno is None or e.filename: raise
+        raise type(e)(e.errno, e.strerror, os.fspath(folder)) from e
+
 def lasting(
     file:Path # In a stage's folder
 ) -> bool:
@@ -1272,7 +1285,10 @@ def run_command(
         parameters = check_parameters(parameters | {k: read_yaml(v, f"parameter {k!r}: {v[:60]!r}") for k, v in options.parameter})
         if options.plan: return print(describe_plan(plan(parameters)))
         result = run(parameters)
-    except (ValueError, OSError, ImportError) as e: parser.exit(2, f"{parser.prog}: {e}\n")
+    except (ValueError, OSError, ImportError, MemoryError) as e: parser.exit(2, f"{parser.prog}: {e}\n")
+    except RuntimeError as e: # where no step and no shard was too large
+        if not out_of_memory(e): raise
+        parser.exit(2, f"{parser.prog}: memory runs out; lower shard, batch, teacher_batch or size: {str(e).partition(chr(10))[0]}\n")
     accelerator = Engine(**specs_of(parameters).engine).accelerator
     if accelerator: accelerator.end_training()
     if accelerator and not accelerator.is_main_process: return
