@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,34 @@ def dies(*args, **kwargs):
     return losses(*args, **kwargs)
 distill.distill_losses = dies
 experiment.main(sys.argv[2:])
+"""
+LEARNS = """
+import json, sys
+import torch
+from torch import nn
+from moi.detector import DetectorSpec, build_detector
+from moi.distill import Distilling, distill
+from moi.pseudo_targets import sample_targets
+from moi.textures import make_textures
+from moi.train import Engine
+engine, size = Engine(device="cpu"), (64, 64)
+spec = DetectorSpec(["a", "b"], size, width=.125, fpn_channels=16, head_channels=32, anchors=(8, 16, 32, 64, 128), roi_samples=16)
+targets = sample_targets(8, size, spec.labels, generator=torch.Generator().manual_seed(0))
+images = list(zip(make_textures(8, size), targets))
+def learnt(recipe, hold=False, batch=4, **more):
+    torch.manual_seed(1)
+    teacher, student = build_detector(spec).eval(), build_detector(spec)
+    for m in teacher.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_var.mul_(1.5)
+    history = distill(student, teacher, images, Distilling(recipe=recipe, steps=3, batch=batch, **more), hold_moments=hold,
+        engine=engine, progress="")
+    weights, moments = (torch.cat([v.detach().flatten() for v in vs]).double() for vs in (student.parameters(), student.buffers()))
+    return history | {"state": [weights.std().item(), moments.mean().item(), moments.std().item()]}
+found = {"same": learnt("moi", True), "strict": learnt("moi"), "chen2017": learnt("chen2017"), "features": learnt({"feat": 1.})}
+try: learnt("moi", batch=2)
+except ValueError as e: found["odd"] = str(e)
+if engine.is_main: json.dump(found, open(sys.argv[1], "w"))
+if engine.accelerator: engine.accelerator.end_training()
 """
 
 
@@ -86,6 +115,21 @@ def test_two_processes_paint_the_same_images_and_teach_the_same_student(alone, t
     assert list(ours) == list(theirs) and len(ours["feat"]) == 8
     for name in ("feat", "rpn_cls", "rpn_box", "roi_cls", "roi_box", "distance"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
+    "Where moments are held, where BatchNorm learns, where pseudo-targets are labels, and where a part of the detector learns nothing"
+    (tmp_path / "learns.py").write_text(LEARNS)
+    monkeypatch.setattr(sys, "argv", ["learns.py", str(tmp_path / "1.json")])
+    runpy.run_path(tmp_path / "learns.py")
+    code, said = start(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "learns.py", "2.json")
+    assert code == 0, said
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert two.pop("odd") == "batch is 2; with mix, each of 2 processes needs an even number of its images"
+    assert list(one) == list(two) == ["same", "strict", "chen2017", "features"]
+    for what, curves in one.items():
+        assert curves.keys() == two[what].keys() and len(curves) > 1
+        for name, values in curves.items(): assert two[what][name] == pytest.approx(values, rel=1e-4, abs=1e-6), (what, name)
 
 
 def test_two_processes_train_a_teacher_and_one_writes_it(alone, tmp_path):
