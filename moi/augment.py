@@ -66,7 +66,8 @@ def view(
 ) -> Tensor: # `float32[B,3,H,W]`
     "Mirror, scale and shift each image"
     theta = torch.cat([torch.diag_embed(affine[:, :2].reciprocal()), (-affine[:, 2:] / affine[:, :2])[..., None]], 2)  # [B,2,3]
-    grid = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
+    with torch.autocast(images.device.type, enabled=False): # in bfloat16 pixels would stand up to three pixels off their boxes
+        grid = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
     return nn.functional.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 # %% ../nbs/07_augment.ipynb #e5e916bc

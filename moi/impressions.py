@@ -143,8 +143,8 @@ def paint(
 
 # %% ../nbs/12_impressions.ipynb #f78ad00a
 def adapt_targets(
-    target:dict, # Pseudo-target: `boxes` `[N,4]`, `labels` `[N]`
-    detections:dict, # What the teacher sees: `boxes`, `labels`, `scores`
+    target:dict, # Pseudo-target: `boxes` `[N,4]`, `labels` `[N]`, on the CPU
+    detections:dict, # What the teacher sees: `boxes`, `labels`, `scores`, on the CPU
     size:tuple[int,int], # Image `(H,W)`
     confidence:float=.2, # Least score of a detection that counts
     overlap:float=.35 # Largest IoU of a new object with those there, and with another new one

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'VERSION', 'Engine', 'best_device', 'batches', 'cosine', 'read_all', 'step_loader', 'fit', 'Together',
            'everywhere', 'warn_of_samples', 'shared_moments', 'save_state', 'resume', 'MovingAverage', 'seeded_steps',
-           'out_of_memory', 'free_memory', 'within_memory', 'try_step', 'Training', 'train_detector']
+           'refuse_infinite', 'out_of_memory', 'free_memory', 'within_memory', 'try_step', 'Training', 'train_detector']
 
 # %% ../nbs/09_train.ipynb #bcb55df7
 import contextlib
@@ -16,7 +16,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -223,10 +223,7 @@ def _descend(optimiser, total, rate, clip): # one step down
 
 def _note(history, names, seen, last): # puts the losses of the steps up to `last` into the history; gives what is left to note: nothing
     rows = everywhere(torch.stack(seen), -torch.inf).tolist()
-    for step, row in enumerate(rows, last + 1 - len(rows)):
-        if math.isfinite(sum(row)): continue
-        listed = ", ".join(f"{k} {v:.4g}" for k, v in zip(names, row))
-        raise FloatingPointError(f"step {step}: the loss is {sum(row)}: {listed}")
+    for step, row in enumerate(rows, last + 1 - len(rows)): refuse_infinite(step, dict(zip(names, row)), "learning rate")
     for k, column in zip(names, zip(*rows)): history.setdefault(k, []).extend(column)
     return []
 
@@ -319,8 +316,7 @@ def resume(
     averaged:nn.Module|None
 ) -> dict|None: # What else was saved; nothing where there is no checkpoint, or a damaged one
     "Go on where a training stood"
-    device = next(module.parameters()).device
-    read = lambda file: torch.load(io.BytesIO(unseal(file.read_bytes())), map_location=device, weights_only=True)
+    read = lambda file: torch.load(io.BytesIO(unseal(file.read_bytes())), map_location="cpu", weights_only=True)
     state = salvage(checkpoint, read)
     if state is None: return None
     module.load_state_dict(state.pop("module"))
@@ -366,6 +362,18 @@ def seeded_steps(
         return generator
     with torch.random.fork_rng(): yield reseed
 
+# %% ../nbs/09_train.ipynb #52670ba6
+def refuse_infinite(
+    step:int, # When
+    losses:Mapping[str, float], # By name
+    lower:str # What may help once it is lowered
+):
+    "Refuse losses that have exploded"
+    total = sum(losses.values())
+    if math.isfinite(total): return
+    listed = ", ".join(f"{k} {v:.4g}" for k, v in losses.items())
+    raise FloatingPointError(f"step {step}: the loss is {total}: {listed}; a lower {lower} may help")
+
 # %% ../nbs/09_train.ipynb #9bd13293
 def out_of_memory(
     error:BaseException
@@ -390,6 +398,10 @@ def within_memory(
     try: return work()
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e): raise
+    except ValueError as e: # of torch's BatchNorm
+        if "more than 1 value per channel" not in str(e): raise
+        raise ValueError(f"{lower} is {n}, and a BatchNorm layer that learns needs more than one value: give {lower} 2 or more, or a "
+            "larger size") from None
     k = n // 2 if step else 0 # here nothing holds any more what the work held
     while k and not _fits(step, k): k //= 2
     advice = f"a step with {k} was seen to fit" if k else "not even a step with 1 fits" if step else "lower it"
