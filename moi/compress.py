@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'painting_key', 'student_key', 'begin', 'invent', 'paint_shard', 'impression_shard', 'label_images',
-           'texture_shard', 'beside', 'paint_transfer_set', 'make_student', 'calibration', 'hold_out', 'set_proposals',
-           'fewest_proposals']
+           'texture_shard', 'beside', 'paint_transfer_set', 'make_student', 'history_of', 'calibration', 'hold_out',
+           'set_proposals', 'fewest_proposals']
 
 # %% ../nbs/18_compress.ipynb #710be065
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from .impressions import Painting, adapt_targets, synthesise
 from .inherit import StudentSpec, plan_inheritance, student_spec
 from .pseudo_targets import Laws, class_similarity, preferred_targets, sample_targets
 from .textures import make_textures
-from .train import Engine, free_memory, out_of_memory
+from .train import Engine, free_memory, out_of_memory, refuse_infinite
 from moi.transfer_set import (NOTHING, TransferSpec, is_whole, join_shards, open_transfer_set, set_hash, shards_done, shards_of,
     write_shard)
 
@@ -110,7 +111,8 @@ def invent(
     if laws.box_prior == "uniform":
         similarity = class_similarity(teacher).cpu() if laws.soft_labels else None
         return sample_targets(n, size, teacher.spec.labels, laws, similarity, generator)
-    backgrounds = make_textures(n, size, "leaves", seed).to(next(teacher.parameters()).device) / 255
+    where = next(teacher.parameters()).device
+    backgrounds = make_textures(n, size, "leaves", seed, device=where).to(where) / 255
     return preferred_targets(teacher, backgrounds, laws, generator=generator)
 
 # %% ../nbs/18_compress.ipynb #520dc163
@@ -127,9 +129,14 @@ def paint_shard(
     targets = invent(teacher, n, laws, seed)
     bar = "impressions" if progress else ""
     images, history = synthesise(teacher, targets, painting, student, seed, engine, progress=bar)
+    last = {k: v[-1] for k, v in history.items()}
+    refuse_infinite(painting.steps - 1, last, "synthesis_lr")
     seen = predict(teacher, images, progress=False)
+    if not any(len(d["labels"]) for d in seen):
+        log.warning("the teacher sees nothing in the %d images that were just painted for it: is it trained, and is its configuration its "
+            "own? They are labelled with what was asked for", n)
     confirmed = [adapt_targets(t, d, teacher.spec.size) for t, d in zip(targets, seen)]
-    return images, targets, confirmed, {k: v[-1] for k, v in history.items()}
+    return images, targets, confirmed, last
 
 # %% ../nbs/18_compress.ipynb #17334519
 def _in_parts(
@@ -190,7 +197,8 @@ def texture_shard(
 ) -> tuple: # What `write_shard` takes after a shard's number and its first image's
     "A shard of textures"
     provenance = {"seed": step_seed(seed, first, 1), "texture": transfer.texture_kind}
-    images = make_textures(n, teacher.spec.size, transfer.texture_kind, provenance["seed"])
+    where = next(teacher.parameters()).device
+    images = make_textures(n, teacher.spec.size, transfer.texture_kind, provenance["seed"], device=where)
     return images, label_images(teacher, images) if transfer.texture_labels else [NOTHING] * n, "texture", provenance
 
 # %% ../nbs/18_compress.ipynb #0a6308fa
@@ -269,12 +277,22 @@ def make_student(
     begin(folder, student_key(teacher, transfer_sets, student, distilling, seed, engine.precision, before), engine.is_main)
     engine.wait()
     file = folder/"student.safetensors"
-    if not file.is_file() or salvage(folder/"history.json", read_record) is None:
+    if history_of(folder) is None:
         _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, progress)
     engine.wait()
     return load_detector(file, engine.device)
 
 # %% ../nbs/18_compress.ipynb #44fe1676
+def history_of(
+    folder:Path # Of `make_student`
+) -> dict|None: # The history of each loss and grade; nothing where there is no student yet, or a damaged one
+    "How a student learnt that is finished"
+    file, history = folder/"student.safetensors", salvage(folder/"history.json", read_record)
+    if history is None or not file.is_file(): return None
+    if history.pop(file.name, None) in (None, hashlib.sha256(file.read_bytes()).hexdigest()): return history
+    set_aside(file, "it is not as its history says")
+
+# %% ../nbs/18_compress.ipynb #8a89d5de
 def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, progress):
     "A student into its folder, its history beside it"
     torch.manual_seed(step_seed(seed, 2))
@@ -282,7 +300,7 @@ def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, en
     images = [Resized(open_transfer_set(f), teacher.spec.size, cache=True) for f in transfer_sets]
     learnt, held = hold_out(images, distilling.held_out, seed)
     engine.place(learner), engine.place(teacher)
-    views = calibration(learnt, engine, seed) if student.reconstruct and not before else None
+    views = calibration(learnt, engine, seed, flip=.5 * distilling.mirror) if student.reconstruct and not before else None
     kept = inherit.inherit(learner, teacher, student, views)
     if before: learner.load_state_dict(before.state_dict())
     adapt = distill.adaptation(learner, teacher, check_recipe(distilling.recipe))
@@ -291,8 +309,8 @@ def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, en
         every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt", progress="distill" if progress else "")
     if not engine.is_main: return
     if student.proposals < 0 and held: set_proposals(learner, fewest_proposals(learner, [held[i][0] for i in range(len(held))]))
-    write_record(folder/"history.json", history)
-    save_detector(learner, folder/"student.safetensors")
+    file = save_detector(learner, folder/"student.safetensors")
+    write_record(folder/"history.json", history | {file.name: hashlib.sha256(file.read_bytes()).hexdigest()})
     (folder/"training.pt").unlink(missing_ok=True) # nothing goes on from it any more
 
 # %% ../nbs/18_compress.ipynb #765db4e4
@@ -302,14 +320,15 @@ def calibration(
     seed:int, # Of the views
     views:int=6, # Views of each image
     scale:tuple[float,float]=(.85, 1.2), # Range of the views' scale: narrow, as a layer that is solved has no room for what is rarely seen
-    batch:int=16 # Images at once
+    batch:int=16, # Images at once
+    flip:float=.5 # Probability of a mirror
 ) -> Callable[[], Iterator[Tensor]]: # Each call gives the same batches `float32[B,3,H,W]` in [0,1]
     "Views of a transfer set, to solve a student's layers on"
     order = [i for k in range(views) for i in range(len(images))]
     def batches():
         for k, first in enumerate(range(0, len(order), batch)):
             x = torch.stack([images[i][0] for i in order[first:first + batch]]).to(engine.device).float() / 255
-            affine = random_affine(len(x), torch.Generator().manual_seed(step_seed(seed, 6, k)), scale=scale)
+            affine = random_affine(len(x), torch.Generator().manual_seed(step_seed(seed, 6, k)), flip, scale)
             yield view(x, affine.to(x.device), "reflection")
     return batches
 

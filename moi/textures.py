@@ -18,15 +18,16 @@ VERSION = 1 # In the keys of stages: raised when the same spec gives other bytes
 def smooth_noise(
     n:int, # Number of images
     size:tuple[int,int], # `(height, width)` in pixels
-    generator:torch.Generator|None=None # Randomness
+    generator:torch.Generator|None=None, # Randomness, on the CPU
+    device:torch.device|None=None # Where it is drawn
 ) -> Tensor: # `float32[n,3,H,W]` in [0,1]
     "Coloured noise, an octave after another, each as strong as its wavelength"
-    x = torch.zeros(n, 3, *size)
+    x = torch.zeros(n, 3, *size, device=device)
     octaves = int(math.log2(min(size))) - 1
     for k in range(octaves):
-        coarse = torch.randn(n, 3, *(math.ceil(s / 2**k) + 1 for s in size), generator=generator)
+        coarse = torch.randn(n, 3, *(math.ceil(s / 2**k) + 1 for s in size), generator=generator).to(x.device, non_blocking=True)
         x += 2.**(k - octaves) * nn.functional.interpolate(coarse, size, mode="bicubic", align_corners=True)
-    x = x + .7 * torch.randn(n, 3, 1, 1, generator=generator)
+    x = x + .7 * torch.randn(n, 3, 1, 1, generator=generator).to(x.device, non_blocking=True)
     return torch.sigmoid(2 * x)
 
 # %% ../nbs/11_textures.ipynb #7180a78a
@@ -35,15 +36,15 @@ def dead_leaves(
     size:tuple[int,int], # `(height, width)` in pixels
     leaves:int=120, # Leaves an image
     radius:tuple[float,float]=(.02, .4), # Smallest and largest radius, as a fraction of the shorter side
-    generator:torch.Generator|None=None # Randomness
+    generator:torch.Generator|None=None, # Randomness, on the CPU
+    device:torch.device|None=None # Where they are drawn
 ) -> Tensor: # `float32[n,3,H,W]` in [0,1]
     "Shaded discs and rectangles that cover each other, on smooth noise"
     h, w = size
-    images, grain = smooth_noise(n, size, generator), smooth_noise(n, size, generator) - .5
-    y, x = torch.meshgrid(torch.arange(h) + .5, torch.arange(w) + .5, indexing="ij")
+    images, grain = smooth_noise(n, size, generator, device), smooth_noise(n, size, generator, device) - .5
+    y, x = torch.meshgrid(*(torch.arange(s, device=device) + .5 for s in size), indexing="ij")
     lo, hi = (r * min(size) for r in radius)
-    for _ in range(leaves):
-        u = torch.rand(n, 14, generator=generator)
+    for u in torch.rand(leaves, n, 14, generator=generator).to(images.device, non_blocking=True):
         r = (lo**-2 + u[:, 0] * (hi**-2 - lo**-2))**-.5                       # density r^-3 between lo and hi
         stretch, turn, bend = 3**(2*u[:, 1] - 1), math.pi * u[:, 2], torch.where(u[:, 3] < .5, 2., 8.)
         dx, dy = x - (u[:, 4] * w)[:, None, None], y - (u[:, 5] * h)[:, None, None]     # [n,H,W]
@@ -62,11 +63,13 @@ def make_textures(
     size:tuple[int,int], # `(height, width)` in pixels
     kind:str="leaves", # `"leaves"` (dead leaves) or `"noise"` (smooth noise)
     seed:int=0, # Same seed, same bytes
-    chunk:int=32 # Images drawn at once, to bound memory
-) -> Tensor: # `uint8[n,3,H,W]`
+    chunk:int=32, # Images drawn at once, to bound memory
+    device:torch.device|None=None # Where they are drawn; another device rounds otherwise, so a few bytes are then others
+) -> Tensor: # `uint8[n,3,H,W]`, on the CPU
     "Draw `n` textures"
     draw = {"leaves": dead_leaves, "noise": smooth_noise}
     if kind not in draw: raise ValueError(f"kind {kind!r} is not one of {', '.join(draw)}")
     g = torch.Generator().manual_seed(seed)
-    drawn = [(draw[kind](min(chunk, n - i), size, generator=g) * 255).round().to(torch.uint8) for i in range(0, n, chunk)]
+    drawn = [(draw[kind](min(chunk, n - i), size, generator=g, device=device) * 255).round().to(torch.uint8).cpu()
+        for i in range(0, n, chunk)]
     return torch.cat(drawn) if drawn else torch.zeros(0, 3, *size, dtype=torch.uint8)
