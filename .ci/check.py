@@ -1,7 +1,8 @@
-"""Checks what can be checked without running the code: the notebooks are clean, moi/ and README.md are what nbs/
-exports, and ruff passes. It works in a copy of what git tracks or would track, and changes nothing in the tree."""
+"""Checks what can be checked without running the code: the notebooks are clean and store nothing dead, moi/ and
+README.md are what nbs/ exports, and ruff passes. It works in a copy of what git tracks or would track, and changes nothing in the tree."""
 import difflib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,31 @@ def clean_notebooks(tree):
     yield from compare(before, read(tree, "nbs/**/*.ipynb"), "not clean: run `nbdev_clean`")
 
 
+def stored_outputs(tree):
+    "What notebooks store can be seen without a kernel: no widget, no bar that stands still, no figure without its picture"
+    for name, text in (read(tree, "nbs/**/*.ipynb") | read(tree, "results/**/*.ipynb")).items():
+        nb = nbformat.reads(text, as_version=4)
+        if "widgets" in nb.metadata:
+            yield f"{name}: stores the state of widgets"
+        for cell in nb.cells:
+            for output in cell.get("outputs", []):
+                what = dead(output)
+                if what:
+                    yield f"{name}, cell {cell.get('id')}: stores {what}"
+
+
+def dead(output):
+    "What of an output nobody can use, in words"
+    data = output.get("data", {})
+    words = output.get("text", "") + data.get("text/plain", "")
+    if any("widget-view" in kind for kind in data):
+        return "a widget"
+    if re.search(r"\d%\|.*(it/s|s/it)", words):
+        return "a progress bar"
+    if words.startswith("<Figure") and ("with 0 Axes" in words or not any(kind.startswith("image/") for kind in data)):
+        return "a figure without a picture"
+
+
 def exported(tree):
     "Every module is exported by a notebook, and as it stands there"
     before = read(tree, "moi/**/*.py")
@@ -91,6 +117,7 @@ def main():
         os.chdir(tree)  # nbdev finds its settings from here
         checks = {
             "notebooks are clean": clean_notebooks(tree),
+            "what notebooks store can be seen": stored_outputs(tree),
             "moi/ is what nbs/ exports": exported(tree),
             "README.md is what nbs/index.ipynb renders to": tool(".ci/readme.py", "--check"),
             "ruff": tool("-m", "ruff", "check", "--quiet", "."),

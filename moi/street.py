@@ -570,7 +570,8 @@ def write_street(
     val:int=100, # ... in the val list
     test:int=300, # ... in the test list
     seed:int=0, # Seed of the world: all three lists change with it
-    layout:str='kitti' # 'kitti', 'voc' or 'coco'
+    layout:str='kitti', # 'kitti', 'voc' or 'coco'
+    progress:bool=True # Show a progress bar
 ) -> Path: # `root`
     "Draw a world and write it in a benchmark's folder layout, whole or not at all"
     root = Path(root)
@@ -581,7 +582,7 @@ def write_street(
     ids = iter(f'{i:06d}' for i in range(train+val+test))
     splits = {name: list(islice(ids, n)) for name,n in numbers.items()}
     seeds = [(name, scene_seed(seed, k, i)) for k,split in enumerate(splits.values()) for i,name in enumerate(split)]
-    scenes = ((name, *draw_scene(size, s)) for name,s in tqdm(seeds, desc='street', leave=False))
+    scenes = ((name, *draw_scene(size, s)) for name,s in tqdm(seeds, desc='street', leave=False, disable=not progress))
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
     try:
