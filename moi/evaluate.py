@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'COCO_NUMBERS', 'KITTI_LEVELS', 'predict', 'flatten', 'flatten_pair', 'Evaluation', 'overlaps', 'voc_match',
-           'average_precision', 'voc_ap', 'coco_dataset', 'coco_evaluator', 'coco_ap', 'greedy_match',
-           'kitti_thresholds', 'kitti_match', 'kitti_precision', 'kitti_roles', 'kitti_ap', 'agreement', 'bootstrap',
-           'describe_objects', 'nearest_distances']
+           'average_precision', 'voc_ap', 'voc_both', 'coco_dataset', 'coco_evaluator', 'coco_ap', 'greedy_match',
+           'kitti_thresholds', 'kitti_match', 'kitti_precision', 'kitti_roles', 'kitti_ap', 'agreement', 'Matches',
+           'coco_matches', 'drawn_ap', 'bootstrap', 'describe_objects', 'nearest_distances']
 
 # %% ../nbs/14_evaluate.ipynb #670ef04d
 import contextlib
@@ -14,9 +14,11 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from .outputs import features, region_features
 from .regions import pad_targets
 
 # %% ../nbs/14_evaluate.ipynb #90862d1e
-VERSION = 1 # In the keys of stages: raised when the same spec gives other bytes
+VERSION = 2 # In the keys of stages: raised when the same spec gives other bytes
 
 # %% ../nbs/14_evaluate.ipynb #508c7988
 def predict(
@@ -260,6 +262,18 @@ def _mean_row(per_class): # means over the classes that have a value, counts add
     mean = lambda v: sum(v) if v and isinstance(v[0], int) else sum(v)/len(v) if v else float("nan")
     return {k: mean(column(k)) for k in (rows[0] if rows else {})}
 
+# %% ../nbs/14_evaluate.ipynb #d94bb590
+def voc_both(
+    targets:Sequence[dict], # As for `voc_ap`
+    detections:Sequence[dict], # As for `voc_ap`
+    classes:Sequence[str] # Names of the labels 1..C
+) -> Evaluation: # `AP50` at every point, `AP50_11` at 11 points, in [0,1]
+    "What Pascal VOC's papers report: AP at IoU .5 in the way of 2010 and in that of 2007"
+    every,eleven = (voc_ap(targets, detections, classes, method=m) for m in ("every-point","11-point"))
+    row = lambda a,b: {"AP50": a["AP"], "AP50_11": b["AP"], "objects": a["objects"]}
+    per_class = {c: row(every.per_class[c], eleven.per_class[c]) for c in every.per_class}
+    return Evaluation("Pascal VOC, AP at IoU 0.5, at every point and at 11", _mean_row(per_class), per_class, every.curves)
+
 # %% ../nbs/14_evaluate.ipynb #45bc21f7
 COCO_NUMBERS = ("AP","AP50","AP75","APs","APm","APl","AR1","AR10","AR100","ARs","ARm","ARl")
 
@@ -444,6 +458,7 @@ def kitti_ap(
     floor = min(limits.values(), default=.5)
     d,g,v = overlaps(dt["boxes"], gt["boxes"], dt["image"], gt["image"], floor)
     inside,_,share = overlaps(dt["boxes"], areas["boxes"], dt["image"], areas["image"], floor, own=True)
+    percent = lambda p,n: float(100*p.mean()) if n else float("nan")
     per_class,curves = {},{}
     for label,name in enumerate(classes, 1):
         near = v > limits[name]
@@ -453,8 +468,8 @@ def kitti_ap(
             ours,theirs = kitti_roles(gt, dt, label, level)
             objects[level] = int(ours["counts"].sum())
             slots[level] = kitti_precision(kitti_match(ours, theirs, (d[near],g[near],v[near])))
-        per_class[name] = ({f"{level}_R11": float(100*p[::4].mean()) for level,p in slots.items()}
-            | {f"{level}_R40": float(100*p[1:].mean()) for level,p in slots.items()}
+        per_class[name] = ({f"{level}_R11": percent(p[::4], objects[level]) for level,p in slots.items()}
+            | {f"{level}_R40": percent(p[1:], objects[level]) for level,p in slots.items()}
             | {f"{level}_objects": n for level,n in objects.items()})
         curves[name] = np.linspace(0, 1, 41),slots["moderate"]
     return Evaluation("KITTI 2D AP in percent; curves at moderate", _mean_row(per_class), per_class, curves)
@@ -480,24 +495,76 @@ def _with_area(d): # detections that can overlap anything; MMDetection's detecto
     keep = (d["boxes"][:, 2:] > d["boxes"][:, :2]).all(1)
     return d if keep.all() else {k: v[keep] for k, v in d.items()}
 
+# %% ../nbs/14_evaluate.ipynb #68ad3183
+class Matches(NamedTuple):
+    "What a detector found of one class, in falling order of score, at COCO's ten IoU limits"
+    image:Tensor # `int64[M]`: where each detection is
+    hit:Tensor # `bool[10,M]`
+    aside:Tensor # `bool[10,M]`: detections that are left aside; the others are false alarms
+    objects:Tensor # `float64[N]`: how many are asked for in each image
+
+def coco_matches(
+    targets:Sequence[dict], # See `coco_ap`
+    detections:Sequence[dict], # See `coco_ap`
+    n_classes:int # `C`
+) -> list[Matches]: # One a class
+    "Match every image once, as COCO does for objects of all sizes"
+    ev,n = coco_evaluator(targets, detections, n_classes),len(targets)
+    every = np.array(ev.evalImgs, object).reshape(n_classes, 4, n)[:,0] # [C,N]: of all sizes; `None` where nothing is, or was found
+    return [_class_matches(found) for found in every]
+
+def _class_matches(found): # one class's matches in each image
+    objects,seen = torch.zeros(len(found)).double(),[(i,f) for i,f in enumerate(found) if f is not None]
+    for i,f in seen: objects[i] = len(f["gtIgnore"]) - np.count_nonzero(f["gtIgnore"])
+    image = np.repeat([i for i,_ in seen], [len(f["dtScores"]) for _,f in seen]).astype(int)
+    scores = np.concatenate([np.zeros(0), *(f["dtScores"] for _,f in seen)])
+    order = np.argsort(-scores, kind="stable")                           # equal scores by the order of the images
+    join = lambda k: np.concatenate([np.zeros((10,0)), *(f[k] for _,f in seen)], 1)[:,order] > 0
+    aside = join("dtIgnore")
+    image,hit,aside = (torch.from_numpy(v) for v in (image[order], join("dtMatches") & ~aside, aside))
+    return Matches(image, hit, aside, objects)
+
+# %% ../nbs/14_evaluate.ipynb #88a99e43
+def drawn_ap(
+    matches:Sequence[Matches], # From `coco_matches`, one a class
+    times:Tensor # `int64[B,N]`: how often each image counts, in each of `B` draws
+) -> Tensor: # `float64[B,10]`: COCO's AP at each IoU limit, over the classes that have objects in the draw; `nan` where none has
+    "Score draws of images that are matched already"
+    most = max(len(m.image) for m in matches)
+    pieces = times.double().split(max(1, (1<<21)//max(1, most)))         # some draws at a time, for memory's sake
+    return torch.cat([torch.stack([_class_ap(m, piece) for m in matches]).nanmean(0) for piece in pieces])
+
+def _class_ap(m, times): # [B,N] -> [B,10], of one class
+    weight,asked = times[:,m.image],(times @ m.objects)[:,None]          # [B,M], [B,1]
+    seen = weight.cumsum(1)
+    ap = torch.stack([_limit_ap(weight, seen, asked, hit, aside) for hit,aside in zip(m.hit, m.aside)], 1)
+    return ap.where(asked > 0, float("nan"))
+
+def _limit_ap(weight, seen, asked, hit, aside): # [B,M], [B,M], [B,1], [M], [M] -> [B], at one IoU limit
+    hit,aside = hit.nonzero()[:,0],aside.nonzero()[:,0]
+    hits = weight[:,hit].cumsum(1)                                       # [B,H]
+    forgotten = F.pad(weight[:,aside].cumsum(1), (1,0))[:,torch.searchsorted(aside, hit)]
+    precision = hits/(seen[:,hit] - forgotten + np.spacing(1))           # as pycocotools divides
+    best = F.pad(precision, (0,1)).flip(1).cummax(1).values.flip(1)      # [B,H+1]: best precision from here on
+    recalls = torch.from_numpy(np.linspace(0, 1, 101)).repeat(len(weight), 1)
+    return best.gather(1, torch.searchsorted(hits/asked.clamp(1), recalls)).mean(1)
+
 # %% ../nbs/14_evaluate.ipynb #6e6513af
 def bootstrap(
-    evaluate, # Called with targets and detections; `functools.partial(voc_ap, classes=…)`
-    targets:Sequence[dict], # One dict an image
-    ours:Sequence[dict], # Detections of one detector
-    theirs:Sequence[dict], # Detections of another in the same images
-    number:str="AP", # Which number of the result
-    draws:int=200, # How often the images are drawn again
+    ours:Sequence[Matches], # Of one detector, from `coco_matches`
+    theirs:Sequence[Matches], # Of another in the same images
+    draws:int=1000, # How often the images are drawn again
     seed:int=0 # Of the draws
-) -> dict[str,float]: # `difference` (ours − theirs) on these images; 95 % of the draws lie from `low` to `high`
+) -> dict[str,dict[str,float]]: # Of `AP` and `AP50`: `difference` (ours − theirs) on these images; `low`, `high`: 95 % of the draws
     "How far the difference of two detectors depends on the test images"
-    def difference(rows):
-        ap = [evaluate([targets[i] for i in rows], [d[i] for i in rows]).summary[number] for d in (ours,theirs)]
-        return ap[0]-ap[1]
-    rng,n = np.random.default_rng(seed),len(targets)
-    drawn = [difference(rng.integers(0, n, n)) for _ in range(draws)]
-    low,high = np.nanquantile(drawn, [.025,.975])
-    return {"difference": difference(range(n)), "low": float(low), "high": float(high)}
+    n,m = len(ours[0].objects),len(theirs[0].objects)
+    if n != m or not n: raise ValueError(f"{n} images beside {m}; the same ones are needed, and at least one")
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), draws)
+    times = torch.from_numpy(np.concatenate([np.ones((1,n), int), drawn]))
+    ap = [drawn_ap(matches, times) for matches in (ours,theirs)]
+    differ = {"AP": ap[0].mean(1)-ap[1].mean(1), "AP50": ap[0][:,0]-ap[1][:,0]}
+    low,high = ({k: float(np.nanquantile(d[1:], q)) for k,d in differ.items()} for q in (.025,.975))
+    return {k: {"difference": d[0].item(), "low": low[k], "high": high[k]} for k,d in differ.items()}
 
 # %% ../nbs/14_evaluate.ipynb #2c0ebccc
 @torch.no_grad()

@@ -79,12 +79,24 @@ def test_a_difference_names_the_ap_that_it_is_of(tmp_path):
     assert "| real training images, unlabelled | +5.0 (-1.0 to +9.0) |" in page
 
 
+def test_a_difference_is_said_in_ap_first_and_in_ap50_beside_it(tmp_path):
+    for method, ap in {"moi": .6, "real": .55}.items():
+        put(tmp_path, f"fidelity/mars-slim-{method}-s0/result.json", result(0, teacher=.8, student=ap))
+    differ = {"AP": {"difference": .05, "low": -.01, "high": .09}, "AP50": {"difference": .02, "low": -.03, "high": .06}}
+    put(tmp_path, "fidelity/mars-slim-differences.json", {"slim, moi − real, seed 0": differ})
+    first, second = report(tmp_path, tmp_path / "page.md").split("AP50 of impressions and textures less that of the others")
+    assert "\nAP of impressions and textures less that of the others" in first
+    assert "| real training images, unlabelled | +5.0 (-1.0 to +9.0) |" in first
+    assert "| real training images, unlabelled | +2.0 (-3.0 to +6.0) |" in second
+
+
 def test_a_compressed_student_is_the_headline_with_all_that_it_costs(tmp_path):
     for seed in (0, 1):
         r = result(seed, teacher=.8, student=.76, textures=.7, real=.77, inherited=.6, student_int8=.75, teacher_int8=.79)
         r["metrics"]["agreement_int8"] = {"AP": .9, "AP50": .99}
-        r["metrics"]["student"]["protocol"] = {"R40": {"easy": .91, "Car": {"hard": .31}}}
-        r["metrics"]["teacher"]["protocol"] = {"R40": {"easy": .93, "Car": {"hard": .33}}}
+        for who, ap in {"teacher": 33.1, "student": 31.2}.items():
+            numbers = {"hard_R11": ap - 1, "hard_R40": ap, "hard_objects": 7}
+            r["metrics"][who]["protocol"] = {"protocol": "KITTI in percent; curves", "summary": numbers, "per_class": {"Car": numbers}}
         r["capacity"]["student"]["total"] = {"parameters": 10**6, "flops": 10**9}
         r["capacity"]["ratio"] = {"parameters": .25, "flops": .8}
         times = {"teacher": {"torch": 20., "onnx": 18., "int8": 9.}, "student": {"torch": 10., "onnx": 8., "int8": 4. + seed}}
@@ -100,7 +112,8 @@ def test_a_compressed_student_is_the_headline_with_all_that_it_costs(tmp_path):
     assert row(head, "the same on real images")[1] == "0.770" and "half of all channels" in head and "0.100" not in head
     assert row(page, "nothing: the student as it starts")[1] == "0.600"
     assert row(page, "impressions and textures, then in INT8")[1] == "0.750"
-    assert "| R40, Car, hard | 0.330 | 0.310 |" in page and "in float32: AP 0.900, AP50 0.990" in page
+    assert "| hard_R11 | 32.100 | 30.200 |\n| hard_R40 | 33.100 | 31.200 |\n| Car, hard_R40 | 33.100 | 31.200 |\n\n" in page
+    assert "| KITTI in percent | the teacher |" in page and "in float32: AP 0.900, AP50 0.990" in page
 
 
 def test_what_the_compression_notebook_wrote_is_shown(tmp_path):
