@@ -623,7 +623,7 @@ def save_parsed(
     content = io.BytesIO()
     np.savez(content, stamp=stamp, problem_kind=kind, problem_message=message, problem_image=image, **arrays)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, content.getvalue())
+    write_whole(file, seal(content.getvalue()))
 
 # %% ../nbs/00_data.ipynb #4f26f3b2
 def load_parsed(
@@ -631,7 +631,7 @@ def load_parsed(
     stamp:str # The files' fingerprint now
 ) -> Parsed:
     "Read parsed annotations back; nothing is unpickled"
-    with np.load(io.BytesIO(read_file(file)), allow_pickle=False) as z:
+    with np.load(io.BytesIO(unseal(read_file(file))), allow_pickle=False) as z:
         if z["stamp"] != stamp: raise ValueError(f"{file} is outdated")
         columns = {k[7:]: z[k] for k in z.files if k.startswith("column_")}
         problems = zip(*(z[f"problem_{k}"].tolist() for k in ("kind", "message", "image")), strict=True)

@@ -597,7 +597,7 @@ def read_state(
     try: return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e: # pickle, zip and safetensors raise a dozen kinds
         inside = re.search(r"GLOBAL ([\w.]+\w)", str(e))
-        why = f"it pickles {inside[1]}" if inside else str(e).splitlines()[0]
+        why = f"it pickles {inside[1]}" if inside else (str(e).splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{os.fspath(path)!r} cannot be read as tensors alone: {why}. A file that pickles more "
             "than tensors is not opened, since opening runs what it holds. Where you trust it, convert it once:\n"
             f"    import torch\n    found = torch.load({path.name!r}, weights_only=False)  # runs what the file holds\n"

@@ -38,6 +38,10 @@ class TransferSpec(Spec):
     def __post_init__(self):
         super().__post_init__()
         if not self.impressions + self.textures: raise ValueError("impressions and textures are both 0; a student needs images")
+        parts = -(-self.impressions // self.shard)
+        if self.impressions and self.rounds > parts:
+            raise ValueError(f"rounds is {self.rounds}, and {self.impressions} impressions in shards of {self.shard} give {parts} of them "
+                "something to paint: lower shard or rounds")
 
 # %% ../nbs/13_transfer_set.ipynb #35620597
 def shards_of(

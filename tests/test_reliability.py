@@ -1,4 +1,5 @@
 "What is damaged or lost is named and made again, to the same bytes; what two runs want is made once"
+import json
 import logging
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from moi.data import write_record
 from moi.detector import DetectorSpec, build_detector
 from moi.experiment import Stages, claim
 from moi.teachers import adopt
-from moi.train import Engine, fit
+from moi.train import Engine, fit, refuse_infinite, within_memory
+from moi.transfer_set import TransferSpec
 
 SPEC = DetectorSpec(("a", "b"), (64, 64), width=.25, fpn_channels=8, head_channels=16, anchors=(8, 16, 32, 64, 128))
 CPU = Engine(device="cpu")
@@ -67,6 +69,19 @@ def test_a_stage_that_was_begun_is_taken_up_whatever_lies_there(tmp_path):
     assert left == {"stage.json", "weights.bin", "0.png", "commits.json.damaged"}
 
 
+def test_a_stage_that_was_just_complete_keeps_nothing_of_its_making(tmp_path):
+    calls = []
+    folder, _ = made(tmp_path, calls)
+    whole = contents(folder)
+    for leftover in ("commits.json", "training.pt", ".lock"): (folder / leftover).write_bytes(b"")
+    assert made(tmp_path, calls)[1]["reused"] and contents(folder) == whole
+
+
+def test_a_full_disk_is_named(tmp_path):
+    def make(folder): raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left on device: .*stages/thing-"): Stages(tmp_path).make("thing", {}, make)
+
+
 def test_two_processes_that_want_one_stage_make_it_once(tmp_path):
     code = ("import sys, time; from pathlib import Path; from moi.experiment import Stages\n"
         "def make(folder):\n    open(folder / 'calls', 'a').write('x'); time.sleep(2)\n"
@@ -107,23 +122,43 @@ def painted(tmp_path_factory):
     return paint, learn, folder
 
 
-@pytest.mark.parametrize("name", ["images/000001.png", "shards/0000.json", "annotations.json", "soft_labels.json", "made_from.json"])
+@pytest.mark.parametrize("name", ["images/000001.png", "shards/0000.json", "annotations.json", "soft_labels.json", "provenance.json",
+                                  "asked.json", "made_from.json"])
 def test_a_transfer_set_is_painted_again_where_it_is_damaged(name, painted):
-    paint, _, folder = painted
+    paint, learn, folder = painted
     before = contents(folder / "set")
-    for how in ("lost", "cut"):
+    for how in ("lost", "cut", "flipped"):
+        if (name, how) == ("images/000001.png", "flipped"): continue # as above
         harm(folder / "set" / name, how)
-        if (name, how) == ("soft_labels.json", "cut"): (folder / "set" / name).unlink()
+        if name in ("annotations.json", "soft_labels.json", "provenance.json", "asked.json") and how != "lost": # who only learns is told
+            with pytest.raises(ValueError, match="annotations.json is damaged, or a file beside it is"): learn()
         paint()
         assert contents(folder / "set") == before, how
 
 
-def test_a_student_is_made_again_where_its_history_is_damaged(painted, caplog):
+def test_a_teacher_that_sees_nothing_is_told_of(tmp_path, caplog):
+    teacher = adopt(build_detector(SPEC).eval())
+    teacher.roi_heads.box_predictor.cls_score.bias[0] = 100.
+    paint_transfer_set(teacher, tmp_path, impressions=2, textures=0, steps=1, engine=CPU, progress=False)
+    assert "the teacher sees nothing in the 2 images" in caplog.text
+
+
+def test_what_learns_nothing_says_what_to_change(tmp_path):
+    with pytest.raises(ValueError, match="rounds is 3, and 4 impressions in shards of 2 give 2 of them"): TransferSpec(4, shard=2, rounds=3)
+    with pytest.raises(FloatingPointError, match="step 7: the loss is inf: box inf, class 1; a lower rate may help"):
+        refuse_infinite(7, {"box": float("inf"), "class": 1.}, "rate")
+    def work(): nn.BatchNorm2d(2)(torch.zeros(1, 2, 1, 1))
+    with pytest.raises(ValueError, match="batch is 1, and a BatchNorm layer that learns .* give batch 2 or more"):
+        within_memory(work, "batch", 1)
+
+
+@pytest.mark.parametrize("name", ["history.json", "student.safetensors"])
+def test_a_student_is_made_again_where_it_is_damaged(name, painted, caplog):
     _, learn, folder = painted
     before = contents(folder / "student")
-    harm(folder / "student/history.json", "flipped")
+    harm(folder / "student" / name, "flipped")
     learn()
-    assert contents(folder / "student") == before and "history.json is damaged" in caplog.text
+    assert contents(folder / "student") == before and f"{name} is damaged" in caplog.text
 
 
 def test_records_of_older_versions_are_read(tmp_path):
@@ -161,3 +196,12 @@ def test_a_finished_run_is_told_again_where_nothing_can_be_written(tmp_path, mon
     (tmp_path / "mine/result.json").write_text("{}")
     with claim(tmp_path / "mine", b"{}") as writes: assert not writes
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["result.json"] and "told, and not kept" in caplog.text
+
+
+def test_the_harness_finds_no_fault(tmp_path):
+    "A little of what `python -m tests.reliability` does at full size"
+    command = [sys.executable, "-m", "tests.reliability", "--work", tmp_path / "work", "--out", tmp_path, "--parts", "mutations"]
+    done = subprocess.run([*command, "--most", "40"], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    found = json.loads((tmp_path / "result.json").read_text())["parts"]["mutations"]
+    assert not done.returncode, done.stdout + done.stderr
+    assert found["done"] == 40 and found["refused"] and found["planned"] > 2000

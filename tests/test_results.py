@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "results").rglob("result.json"))
-RUNS = [f for f in FILES if "benchmark" not in f.parts]  # a benchmark's results are seconds
+RUNS = [f for f in FILES if not {"benchmark", "reliability"} & set(f.parts)]  # whose results are seconds and counts
 
 
 def read(file): return json.loads(file.read_text(encoding="utf-8"))

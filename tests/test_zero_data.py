@@ -33,7 +33,7 @@ PLAIN = {int, float, bool, None, type(None), torch.Tensor, torch.Generator, torc
 HOLDERS = {tuple, list, dict, typing.Union, types.UnionType, collections.abc.Sequence, collections.abc.Mapping} # of allowed things alone
 WORDS = { # What a text may be: a choice, a class's name, a layer's, a name for people to read; none is opened
     "act", "backbone", "box_prior", "channels", "classes", "into", "kind", "name", "names", "out", "precision", "progress", "recipe",
-    "source",
+    "painter", "source",
     "texture_kind", "widths"}
 FOLDERS = { # The only places on disk: transfer sets, and where a function writes to and resumes
     "moi.compress.begin": {"folder"},
@@ -46,6 +46,9 @@ FOLDERS = { # The only places on disk: transfer sets, and where a function write
     "moi.transfer_set.join_shards": {"folder"},
     "moi.transfer_set.open_transfer_set": {"folder"},
     "moi.transfer_set.is_whole": {"folder"},
+    "moi.transfer_set.joined_checksum": {"folder"},
+    "moi.transfer_set.read_annotations": {"folder"},
+    "moi.compress.history_of": {"folder"},
     "moi.transfer_set.asked_targets": {"folder"},
     "moi.transfer_set.set_hash": {"folder"},
 }
@@ -73,6 +76,7 @@ LOOSE = { # Dicts and mappings of plain values and tensors whose annotation leav
     "moi.impressions.synthesise": {"targets"},
     "moi.inherit.StudentSpec": {"widths"},
     "moi.transfer_set.write_shard": {"targets", "provenance", "asked"},
+    "moi.transfer_set.joined_checksum": {"annotations"},
 }
 
 
