@@ -136,10 +136,11 @@ def random_views(
     generator:torch.Generator, # Randomness, on the CPU
     mix:float, # Share of the views into which a rectangle of another is pasted
     scale:tuple[float,float]=(.6, 1.6), # Range of the views' scale
-    padding:str="reflection" # What lies outside an image, as for `view`
+    padding:str="reflection", # What lies outside an image, as for `view`
+    flip:float=.5 # Probability of a mirror
 ) -> tuple[Tensor, Tensor, Tensor]: # Of the same shapes; objects beyond the first `N` that a view shows are left out
     "What teacher and student see in a step"
-    n, affine = labels.shape[1], random_affine(len(images), generator, scale=scale, device=images.device)
+    n, affine = labels.shape[1], random_affine(len(images), generator, flip, scale, device=images.device)
     images = random_colour(view(images, affine, padding), generator)
     boxes, labels = move_boxes(boxes, labels, tuple(images.shape[-2:]), affine)
     if not mix: return images, boxes, labels

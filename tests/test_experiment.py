@@ -43,10 +43,11 @@ NOTEBOOK = Path("nbs/experiments/zero_shot_kd.ipynb")
 PARAMS = Path("nbs/experiments/params")
 FILES = sorted((ROOT / PARAMS).glob("*.yaml"))
 DATA = {"name", "seed", "dataset", "data_root", "splits", "skip_damaged", "classes", "scenes", "size"}
-SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged",
+SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged", "teacher_mirror",
     "distill_steps", "distill_lr", "batch", "shard"}
 SAMPLING = {"objects", "area", "max_aspect", "box_prior", "overlap", "soft_labels", "beta"}
-SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "frozen_bn_prior", "l2", "adapt", "rounds", "compete", "pixels"}
+SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "frozen_bn_prior", "l2", "adapt", "rounds", "compete", "pixels",
+    "painter", "synthesis_mirror"}
 KILLED = """
 import itertools, os, signal, sys
 from moi import compress, distill, experiment, train
@@ -238,16 +239,13 @@ def test_the_executed_notebook_shows_pictures_and_no_error(finished):
     assert (finished / "runs/out.ipynb").stat().st_size < 2e6
 
 
-def test_its_widgets_can_be_shown_again(finished):
+def test_no_bar_is_left_in_it_and_the_result_stands_first(finished):
     nb = nbformat.read(finished / "runs/out.ipynb", 4)
-    kind = "application/vnd.jupyter.widget-{}+json"
-    views = [o.data[kind.format("view")]["model_id"] for c in nb.cells if c.cell_type == "code"
-             for o in c.outputs if kind.format("view") in o.get("data", {})]
-    state = nb.metadata.widgets[kind.format("state")]["state"]
-    assert views and set(views) <= set(state)
-    used = [v for s in state.values() for v in s["state"].values() if isinstance(v, str) and v.startswith("IPY_MODEL_")]
-    assert {v.removeprefix("IPY_MODEL_") for v in used} <= set(state)
-    assert not [s for s in state.values() if s["state"].get("bar_style") == "danger"]  # tqdm's for a bar cut short
+    assert "widgets" not in nb.metadata and not [o for c in nb.cells if c.cell_type == "code" for o in c.outputs if "it/s" in str(o)]
+    first, *_, last = [c.outputs for c in nb.cells if c.cell_type == "code" and c.outputs]
+    assert "| teacher |" in first[0].data["text/markdown"] and "image/png" in first[1].data
+    listed = last[0].text.splitlines()
+    assert {line.partition(":")[0] for line in listed} >= set(PARAMETERS) and listed[-1].startswith("everything is in runs/tiny/: ")
 
 
 def test_from_its_own_folder_it_takes_what_is_there(finished, monkeypatch):
@@ -308,6 +306,13 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     outputs = [o.get("data", {}) for c in nbformat.read(root / "runs/out.ipynb", 4).cells for o in c.get("outputs", [])]
     table = next(d["text/markdown"] for d in outputs if "text/markdown" in d)
     assert all(f"| {s} | `{m}` |" in table for s in given["students"] for m in given["methods"])
+    differences = json.loads((root / "results/tiny-half-same-differences.json").read_text())
+    assert set(differences) == {f"{s}, moi − {m}, seed 0" for s in given["students"] for m in given["methods"] if m != "moi"}
+    assert {ap: set(d) for v in differences.values() for ap, d in v.items()} == dict.fromkeys(("AP", "AP50"), {"difference", "low", "high"})
+    for key, d in differences.items():
+        s, m = key.partition(",")[0], key.split()[3].strip(",")
+        ap = [results[f"tiny-{s}-{k}-s0"]["metrics"]["student"]["AP"] for k in ("moi", m)]
+        assert d["AP"]["difference"] == pytest.approx(ap[0] - ap[1], abs=1e-9)
     shares = json.loads((root / "results/tiny-half-same-privacy.json").read_text())
     assert all(0 <= shares[k]["impressions nearer than 99 % of held-out images"] <= 1 for k in ("features", "pixels"))
 
@@ -444,7 +449,7 @@ def test_a_corrected_label_makes_anew_what_read_it_and_no_more(tmp_path):
 
 def test_the_ablation_notebook_compares_levers_on_val(tmp_path):
     root, notebook = layout(tmp_path), Path("nbs/experiments/ablation.ipynb")
-    given = {"params": "tiny", "levers": ["default", "pixels", "two rounds"], "seeds": [0], "impressions": 4, "textures": 4,
+    given = {"params": "tiny", "levers": ["default", "pixels", "views are not mixed"], "seeds": [0], "impressions": 4, "textures": 4,
         "distill_steps": 2, "numbers": [4, 8], "lengths": [1, 2], "device": "cpu", "out": "results"}
     done = python("-m", "papermill", "--start-timeout", "600", ROOT / notebook, "runs/out.ipynb", "-y", json.dumps(given), cwd=root)
     assert done.returncode == 0, done.stderr
