@@ -488,7 +488,7 @@ def usable(
     skip:bool=False # Leave damaged images out; they are decoded to find them all
 ) -> tuple[DetectionDataset, list[str]]: # What is whole; what was left out, and why
     "Look at all image files of a dataset; damaged ones are an error, or left out"
-    where, bad = f"{data.root}, split {data.split}", check_images(data, decode=skip)
+    where, bad = f"{data.root}, split {data.split}", check_images(data, decode=skip, progress=attended())
     if bad and not skip:
         raise DataError(f"{where}: {len(bad)} of {len(data)} images cannot be used; `moi check` lists them, and skip_damaged: true "
             f"leaves them out\n  {bad[0].message}")

@@ -35,7 +35,7 @@ from .detector import COARSE, MOBILENETS, TAPS, DetectorSpec, GatherRoIAlign, Ru
 from .detector import change, check_shapes, did_you_mean, fill, load_detector
 from .importers import architecture, find_config, framework_of, mobilenet_features, read_body
 from .importers import read_checkpoint, read_framework, read_torchvision, unwrap
-from .outputs import features, roi_outputs, rpn_outputs
+from .outputs import features, roi_outputs
 
 # %% ../nbs/06_teachers.ipynb #b544e25a
 COCO = tuple(None if n == "N/A" else n for n in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]) # Ninety, ten of them unused
@@ -195,7 +195,7 @@ def disagreement(
         view = features(d, image)
         logits, deltas = roi_outputs(d, view, boxes, (96, 128))
         return {"anchors": [a.cpu() for a in d.rpn.anchor_generator.cell_anchors], "body or pyramid": list(view.values()),
-            "RPN": rpn_outputs(d, view), "box head": (logits[..., alive], deltas[..., alive, :])}
+            "RPN": [x for maps in d.rpn.head(list(view.values())) for x in maps], "box head": (logits[..., alive], deltas[..., alive, :])}
     a, b = answers(theirs), answers(ours)
     same = lambda x, y: x.shape == y.shape and bool((x - y.to(x)).abs().max() <= tolerance * x.abs().max())
     return next((part for part in a if len(a[part]) != len(b[part]) or not all(map(same, a[part], b[part]))), "")

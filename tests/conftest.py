@@ -1,7 +1,11 @@
 "What the tests share: where the real data is, and a cache folder of their own"
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ: # before torch is imported: workers, and what they start, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2]/"shared"/"data"
 

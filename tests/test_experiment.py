@@ -225,7 +225,8 @@ def test_a_students_stage_holds_how_it_learnt(finished):
     for folder in (finished / "runs/stages").glob("student-*"):
         assert sorted(f.name for f in folder.iterdir()) == ["history.json", "made_from.json", "stage.json", "student.safetensors"]
         record, made_from, history = (read_record(folder / f"{n}.json") for n in ("stage", "made_from", "history"))
-        assert record["history"] == history and record["depends"] == made_from
+        mark = hashlib.sha256((folder / "student.safetensors").read_bytes()).hexdigest()
+        assert history.pop("student.safetensors") == mark and record["history"] == history and record["depends"] == made_from
         assert len(history["feat"]) == 4 and made_from["teacher"] == result_of(finished)["weights"]["teacher"]
 
 
