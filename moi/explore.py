@@ -521,7 +521,7 @@ def draw_columns(
 ) -> Figure:
     "One image once for each set of boxes, beside each other"
     h, w = image.shape[1:]
-    fig, axes = plt.subplots(1, len(columns), figsize=(3 * len(columns), 3 * h / w + .3), dpi=90, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(columns), figsize=(3 * len(columns), 3 * h / w + .3), dpi=72, squeeze=False, layout="constrained")
     for ax, (name, (boxes,)) in zip(axes[0], columns.items()):
         draw(ax, image, boxes, classes, threshold).set_title(name, fontsize=8)
     plt.close(fig)
