@@ -192,6 +192,7 @@ class Reference:
     def __init__(self, work, parameters):
         folder = work/"reference"
         shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True) # as in every case: a run that makes it itself has one write point more
         watch = Watch(folder)
         def counted():
             watch.start()
