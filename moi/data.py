@@ -9,7 +9,7 @@ __all__ = ['log', 'HANDLING', 'SAID', 'MOST_PIXELS', 'ENDINGS', 'DataError', 'Pr
            'check_image', 'find_images', 'image_size', 'pack_strings', 'unpack_strings', 'Ragged', 'Packed',
            'DetectionDataset', 'describe', 'join', 'join_packed', 'Parsed', 'assemble', 'choose', 'count_rest',
            'nearest', 'labels_of', 'fingerprint', 'cached', 'save_parsed', 'load_parsed', 'sound', 'resize',
-           'handed_down', 'Resized', 'TargetList', 'split_targets', 'collate']
+           'handed_down', 'scale_target', 'Resized', 'TargetList', 'split_targets', 'collate']
 
 # %% ../nbs/00_data.ipynb #5f269f07
 import copy
@@ -671,6 +671,17 @@ def handed_down(
     "Memory that this process and those that it forks share"
     return torch.frombuffer(mmap.mmap(-1, max(1, math.prod(shape))), dtype=torch.uint8)[:math.prod(shape)].view(shape)
 
+# %% ../nbs/00_data.ipynb #c265de2c
+def scale_target(
+    target:dict[str,Tensor], # Boxes, areas and other fields of an image
+    size:tuple[int,int], # Its `(H, W)`
+    to:tuple[int,int] # `(H, W)` that it is squeezed to
+) -> dict[str,Tensor]: # What is measured in pixels is scaled, the rest is as it was
+    "A target in the pixels of a squeezed image"
+    scale = torch.tensor([to[1]/size[1], to[0]/size[0]]).repeat(2)
+    by = {"boxes": scale, "dontcare": scale, "area": scale[:2].prod()}
+    return {k: v*by[k] if k in by else v for k,v in target.items()}
+
 # %% ../nbs/00_data.ipynb #e4784864
 class Resized(Dataset):
     "A dataset whose images are all squeezed to one size, boxes with them; everything else is the dataset's own"
@@ -704,12 +715,7 @@ class Resized(Dataset):
             self.ready[i] = True
         return self.memory[i].clone()
 
-    def target(self, i):
-        "Target `i`, in the squeezed image's pixels"
-        h,w = self.dataset.sizes[i].tolist()
-        scale = torch.tensor([self.size[1]/w, self.size[0]/h]).repeat(2)
-        by = {"boxes": scale, "dontcare": scale, "area": scale[:2].prod()}
-        return {k: v*by[k] if k in by else v for k,v in self.dataset.target(i).items()}
+    def target(self, i): return scale_target(self.dataset.target(i), self.dataset.sizes[i].tolist(), self.size)
 
     def subset(self, indices):
         "The images at `indices`, in that order; what was decoded stays"

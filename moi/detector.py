@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RESNETS', 'MOBILENETS', 'BACKBONES', 'TAPS', 'COARSE', 'RESAMPLING', 'parameter', 'check_value', 'key_of',
-           'did_you_mean', 'Spec', 'change', 'Rules', 'DetectorSpec', 'taps', 'ScaledResNet', 'constant', 'bin_cells',
-           'covered_cells', 'SortedRoIAlign', 'GatherRoIAlign', 'ChannelsLastMLPHead', 'stride_early', 'RuledAnchors',
-           'LimitedBoxCoder', 'LateRoIHeads', 'pillow_size', 'pillow_resize', 'opencv_size', 'opencv_resize',
-           'LibraryTransform', 'read_state', 'load_backbone', 'build_mobilenet', 'build_pyramid', 'set_norms',
-           'build_rpn_head', 'build_box_head', 'FoldedLinear', 'build_predictor', 'follow_rules', 'build_detector',
-           'silence', 'evaluating', 'frozen', 'plain', 'spec_to_json', 'spec_from_json', 'save_detector',
-           'load_detector', 'check_shapes', 'fill', 'weights_hash', 'detector_hash']
+           'did_you_mean', 'Spec', 'change', 'Rules', 'anchor_sides', 'DetectorSpec', 'taps', 'ScaledResNet',
+           'constant', 'bin_cells', 'covered_cells', 'SortedRoIAlign', 'GatherRoIAlign', 'ChannelsLastMLPHead',
+           'stride_early', 'RuledAnchors', 'LimitedBoxCoder', 'LateRoIHeads', 'pillow_size', 'pillow_resize',
+           'opencv_size', 'opencv_resize', 'LibraryTransform', 'read_state', 'load_backbone', 'build_mobilenet',
+           'build_pyramid', 'set_norms', 'build_rpn_head', 'build_box_head', 'FoldedLinear', 'build_predictor',
+           'follow_rules', 'build_detector', 'silence', 'evaluating', 'frozen', 'plain', 'spec_to_json',
+           'spec_from_json', 'save_detector', 'load_detector', 'check_shapes', 'fill', 'weights_hash', 'detector_hash']
 
 # %% ../nbs/03_detector.ipynb #9fd75fc1
 import contextlib
@@ -79,7 +79,9 @@ def check_value(
     if type(value) in m.get("kinds", ()): return value
     many, kind = isinstance(default, tuple), type(default)
     if many:
-        if not isinstance(value, (list, tuple)): raise ValueError(f"{found}, a {type(value).__name__}; a list is needed")
+        if not isinstance(value, (list, tuple)):
+            hint = " (papermill is given lists by -y)" if isinstance(value, str) and value.startswith("[") else ""
+            raise ValueError(f"{found}, a {type(value).__name__}; a list is needed{hint}")
         if m["length"] not in (None, len(value)) and (value or default): raise ValueError(f"{found}; {m['length']} entries are needed")
         kind = type(default[0]) if default else m["of"]
     def one(v):
@@ -177,6 +179,17 @@ class Rules(Spec):
     flat:str = parameter("before", "When detections without an area go: before the last NMS (sides below .01 pixels), after it, or never",
         choices=("before", "after", "never"), before="before")
 
+# %% ../nbs/03_detector.ipynb #a32d8afb
+def anchor_sides(
+    anchors:Sequence[float|Sequence[float]], # In pixels, level by level; where a level has one, a number will do
+    levels:int # Of the pyramid
+) -> tuple[tuple[float, ...], ...]: # As many for each level
+    "The sides of the anchors; what does not fit the pyramid is refused"
+    sides = tuple(tuple(map(float, a if isinstance(a, (list, tuple)) else (a,))) for a in anchors)
+    if len(sides) != levels or len({len(a) for a in sides}) > 1 or not all(s > 0 for a in sides for s in a):
+        raise ValueError(f"DetectorSpec.anchors is {anchors!r}; as many sides for each of the {levels} levels are needed")
+    return sides
+
 # %% ../nbs/03_detector.ipynb #c538d9c8
 @dataclass(frozen=True)
 class DetectorSpec(Spec):
@@ -208,11 +221,7 @@ class DetectorSpec(Spec):
         super().__post_init__()
         if not self.labels: raise ValueError(f"DetectorSpec.classes is {self.classes!r}; at least one name is needed")
         object.__setattr__(self, "classes", tuple(self.classes))
-        anchors = tuple(tuple(map(float, a if isinstance(a, (list, tuple)) else (a,))) for a in self.anchors)
-        object.__setattr__(self, "anchors", anchors)
-        levels = len(self.strides) + 1
-        if len(anchors) != levels or len({len(a) for a in anchors}) > 1 or not all(s > 0 for a in anchors for s in a):
-            raise ValueError(f"DetectorSpec.anchors is {self.anchors!r}; as many sides for each of the {levels} levels are needed")
+        object.__setattr__(self, "anchors", anchor_sides(self.anchors, len(self.strides) + 1))
         taps(self.backbone, self.strides)
 
     @property
