@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'painting_key', 'student_key', 'begin', 'invent', 'paint_shard', 'impression_shard', 'label_images',
-           'texture_shard', 'beside', 'paint_transfer_set', 'make_student', 'history_of', 'calibration', 'hold_out',
-           'set_proposals', 'fewest_proposals']
+           'texture_shard', 'beside', 'images_bar', 'paint_transfer_set', 'make_student', 'history_of', 'calibration',
+           'hold_out', 'set_proposals', 'fewest_proposals']
 
 # %% ../nbs/18_compress.ipynb #710be065
 import contextlib
@@ -123,12 +123,11 @@ def paint_shard(
     seed:int, # Of everything that is drawn
     student:FasterRCNN|None, # The student of the round before
     engine:Engine,
-    progress:bool=True # Show progress bars
+    watch:Callable[[int, Tensor], None]|None=None # As for `synthesise`
 ) -> tuple: # Images `uint8[n,3,H,W]`, the targets asked for, those that the teacher confirms, and the losses of the last step
     "Invent targets and paint them"
     targets = invent(teacher, n, laws, seed)
-    bar = "impressions" if progress else ""
-    images, history = synthesise(teacher, targets, painting, student, seed, engine, progress=bar)
+    images, history = synthesise(teacher, targets, painting, student, seed, engine, progress="", watch=watch)
     last = {k: v[-1] for k, v in history.items()}
     refuse_infinite(painting.steps - 1, last, "synthesis_lr")
     seen = predict(teacher, images, progress=False)
@@ -167,10 +166,10 @@ def impression_shard(
     together:int, # How many images are painted together at most
     student:FasterRCNN|None, # The student of the round before
     engine:Engine,
-    progress:bool=True # Show progress bars
+    watch:Callable[[int, Tensor], None]|None=None # As for `synthesise`
 ) -> tuple[tuple, int]: # What `write_shard` takes after a shard's number and its first image's, and how many were painted together
     "A shard of impressions"
-    def paint(k, m): return m, *paint_shard(teacher, m, laws, painting, step_seed(seed, first + k), student, engine, progress)
+    def paint(k, m): return m, *paint_shard(teacher, m, laws, painting, step_seed(seed, first + k), student, engine, watch)
     parts, together = _in_parts(paint, n, together, transfer.shard)
     sizes, images, asked, targets, losses = zip(*parts)
     provenance = {"seed": step_seed(seed, first), "losses": losses[0]}
@@ -219,16 +218,28 @@ def beside(
             for job in jobs: job.result()
         finally: pool.shutdown(cancel_futures=True)
 
+# %% ../nbs/18_compress.ipynb #1abbbe48
+def images_bar(
+    images:int, # How many are to come
+    steps:int, # Of the synthesis
+    progress:bool|str, # Whether there is a bar; a text is its name
+    name:str # Its name otherwise
+) -> tqdm: # `update(n * steps)` is for `n` images
+    "A progress bar in images, each of which is there after some steps"
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} images [{elapsed}<{remaining}]"
+    about = dict(desc=name if progress is True else progress, disable=not progress)
+    return tqdm(total=images * steps, unit_scale=1 / steps, bar_format=form, **about)
+
 # %% ../nbs/18_compress.ipynb #6e9a51c9
 def paint_transfer_set(
     teacher:FasterRCNN, # From `moi.teachers`; moved to the engine's device
-    folder:str|os.PathLike, # Where to; a set that was begun there is gone on with
+    folder:str|os.PathLike, # Where to; a set that was begun there is continued
     transfer:TransferSpec=TransferSpec(), laws:Laws=Laws(), painting:Painting=Painting(), # What, how it is drawn, how it is painted
     student:FasterRCNN|None=None, # The student of the round before: impressions seek what it does not know yet
     number:int=0, # The round, from 0
     seed:int=0, # Of everything that is drawn
     engine:Engine|None=None, # Device, processes, precision; by default the accelerator where there is one
-    progress:bool=True, # Show progress bars
+    progress:bool|str=True, # Show a progress bar; a text is its name
     **fields:object # Of the three specs, by name: `impressions=256`, `bn_prior=0.`
 ) -> Path: # The folder, a COCO dataset
     "Paint impressions, draw textures, write them down"
@@ -242,14 +253,17 @@ def paint_transfer_set(
     wanted = sorted(set(range(len(shards))) - shards_done(folder))
     engine.wait() # every process has looked before the first writes
     together, apart = transfer.shard, engine.device.type != "cpu"
-    def draw(i, first, n): write_shard(folder, i, first, *texture_shard(teacher, first, n, transfer, seed))
-    with beside(apart and not transfer.texture_labels) as drawn, beside(apart, 1) as written:
-        mine = sorted(wanted[engine.process::engine.processes], key=lambda i: apart and shards[i][0] != "texture") # those are begun first
-        for i in tqdm(mine, desc="transfer set", disable=not (progress and engine.is_main)):
-            kind, first, n = shards[i]
+    mine = sorted(wanted[engine.process::engine.processes], key=lambda i: apart and shards[i][0] != "texture") # those are begun first
+    bar = images_bar(sum(shards[i][2] for i in mine), painting.steps or 1, progress if engine.is_main else False, "transfer set")
+    def watch(step, images): bar.update(len(images))
+    def draw(i, first, n):
+        write_shard(folder, i, first, *texture_shard(teacher, first, n, transfer, seed))
+        bar.update(n * (painting.steps or 1))
+    with bar, beside(apart and not transfer.texture_labels) as drawn, beside(apart, 1) as written:
+        for i, (kind, first, n) in ((i, shards[i]) for i in mine):
             if kind == "texture": drawn(draw, i, first, n)
             else:
-                made, together = impression_shard(teacher, first, n, transfer, laws, painting, seed, together, student, engine, progress)
+                made, together = impression_shard(teacher, first, n, transfer, laws, painting, seed, together, student, engine, watch)
                 written(write_shard, folder, i, first, *made)
     engine.wait()
     if engine.is_main: join_shards(folder, len(shards), teacher.spec.classes)
@@ -260,12 +274,12 @@ def paint_transfer_set(
 def make_student(
     teacher:FasterRCNN, # From `moi.teachers`; moved to the engine's device
     transfer_sets:str|os.PathLike|Sequence[str|os.PathLike], # From `paint_transfer_set`: one folder or several
-    folder:str|os.PathLike, # Where to; a student that was begun there goes on learning
+    folder:str|os.PathLike, # Where to; a student that was begun there resumes
     student:StudentSpec=StudentSpec(), distilling:Distilling=Distilling(), # What it is and inherits, and how it learns
     before:FasterRCNN|None=None, # The student of the round before, which goes on learning
     seed:int=0, # Of its start, and of everything that is drawn
     engine:Engine|None=None, # Device, processes, precision; by default the accelerator where there is one
-    progress:bool=True, # Show progress bars
+    progress:bool|str=True, # Show a progress bar; a text is its name
     **fields:object # Of the two specs, by name: `widths="slim"`, `steps=3000`
 ) -> FasterRCNN: # In evaluation mode; `student.safetensors` in the folder, beside its `history.json`
     "Distil a student on a transfer set"
@@ -278,7 +292,7 @@ def make_student(
     engine.wait()
     file = folder/"student.safetensors"
     if history_of(folder) is None:
-        _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, progress)
+        _learn(teacher, transfer_sets, folder, student, distilling, before, seed, engine, "student" if progress is True else progress)
     engine.wait()
     return load_detector(file, engine.device)
 
@@ -306,12 +320,12 @@ def _learn(teacher, transfer_sets, folder, student, distilling, before, seed, en
     adapt = distill.adaptation(learner, teacher, check_recipe(distilling.recipe))
     if adapt and views and kept: inherit.solve_adaptation(adapt, learner, teacher, views)
     history = distill.distill(learner, teacher, learnt, distilling, held, student.inherit_body, adapt, seed,
-        every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt", progress="distill" if progress else "")
+        every=-(-distilling.steps // 8), engine=engine, checkpoint=folder/"training.pt", progress=progress or "")
     if not engine.is_main: return
     if student.proposals < 0 and held: set_proposals(learner, fewest_proposals(learner, [held[i][0] for i in range(len(held))]))
     file = save_detector(learner, folder/"student.safetensors")
     write_record(folder/"history.json", history | {file.name: hashlib.sha256(file.read_bytes()).hexdigest()})
-    (folder/"training.pt").unlink(missing_ok=True) # nothing goes on from it any more
+    (folder/"training.pt").unlink(missing_ok=True) # nothing resumes from it any more
 
 # %% ../nbs/18_compress.ipynb #765db4e4
 def calibration(

@@ -302,7 +302,7 @@ def distill(
     every:int=200, # Steps between two looks
     objects:int=12, # Pseudo-targets of an image that count, at most; all where the recipe learns from labels
     engine:Engine|None=None, # Processes and precision; none is this process alone, in full precision
-    checkpoint:Path|None=None, # File that a killed run goes on from
+    checkpoint:Path|None=None, # File that a killed run resumes from
     progress:str="distill" # Name on the progress bar; an empty one hides it
 ) -> dict[str, list[float]]: # History of the losses, and of `agreement` and `distance` where images are held out
     "Teach `student` what `teacher` sees in `dataset`"

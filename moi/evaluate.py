@@ -38,7 +38,7 @@ def predict(
     dataset, # Items are `uint8[3,H,W]` images, or tuples that start with one
     batch_size:int=16, # Images in one call of the detector
     device=None, # The detector is moved here; `None` is where its parameters are
-    progress:bool=True, # Show a progress bar
+    progress:bool|str=True, # Show a progress bar; a text is its name
     num_workers:int=0 # Processes that decode images
 ) -> list[dict[str,Tensor]]: # One dict an image, in the dataset's order: `boxes`, `labels`, `scores`, on the CPU
     "What `detector` sees in every image of `dataset`, in the images' own pixels"
@@ -46,7 +46,7 @@ def predict(
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=_images)
     detections = []
     with evaluating(detector.to(device)), torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False): # boxes are float32
-        for images in tqdm(loader, desc="predict", disable=not progress):
+        for images in tqdm(loader, desc="predict" if progress is True else progress, disable=not progress):
             found = detector([im.to(device).float()/255 for im in images])
             detections += [{k: d[k].cpu() for k in ("boxes","labels","scores")} for d in found]
     return detections

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['log', 'ALONE', 'STRICT', 'METHODS', 'KINDS', 'PARAMETERS', 'CARD', 'OWN_TEACHER', 'as_method', 'World', 'TeacherSpec',
-           'Comparison', 'Specs', 'default', 'specs_of', 'check_parameters', 'check_pair', 'notebook_parameters',
-           'refuse_unknown', 'find_runs', 'attended', 'RunBar', 'Stages', 'lasting', 'file_mark', 'alone', 'Peak',
-           'commit', 'usable', 'annotations_hash', 'Data', 'check_classes', 'check_data', 'open_data', 'find_folder',
-           'folder_and_split', 'given_teacher', 'make_teacher', 'half_steps', 'score_half', 'ask_mirror', 'with_mirror',
-           'untrained', 'work', 'photograph_set', 'paint', 'learn', 'image_sets', 'compress', 'score', 'agree',
-           'measure', 'leave', 'measure_left', 'make_engine', 'claim', 'run', 'ahead', 'data_of', 'pictures', 'speed',
-           'about', 'card_head', 'model_card', 'link', 'surroundings', 'own_parameters', 'street_teacher',
-           'photographs', 'Planned', 'plan', 'Missing', 'Planner', 'Kept', 'stages_kept', 'PlainYaml', 'read_yaml',
-           'read_parameters', 'add_run_options', 'run_command', 'describe_plan', 'main', 'cli', 'clean']
+           'Comparison', 'Specs', 'default', 'specs_of', 'check_parameters', 'check_pair', 'warn_of_size',
+           'notebook_parameters', 'refuse_unknown', 'find_runs', 'attended', 'RunBar', 'words', 'lasting', 'file_mark',
+           'Shelf', 'alone', 'Peak', 'commit', 'Stages', 'usable', 'annotations_hash', 'open_split', 'Data',
+           'check_classes', 'check_data', 'open_data', 'find_folder', 'folder_and_split', 'given_teacher',
+           'make_teacher', 'half_steps', 'score_half', 'ask_mirror', 'with_mirror', 'untrained', 'work', 'works',
+           'method_works', 'photograph_set', 'paint', 'learn', 'image_sets', 'compress', 'score', 'fresh',
+           'paint_fresh', 'agree', 'measure', 'leave', 'measure_left', 'make_engine', 'claim', 'run', 'methods_of',
+           'ahead', 'data_of', 'pictures', 'speed', 'about', 'card_head', 'model_card', 'link', 'surroundings',
+           'own_parameters', 'street_teacher', 'photographs', 'Planned', 'Missing', 'pace', 'Planner', 'plan', 'Kept',
+           'stages_kept', 'PlainYaml', 'read_yaml', 'read_parameters', 'add_run_options', 'run_command',
+           'describe_plan', 'main', 'cli', 'clean']
 
 # %% ../nbs/20_experiment.ipynb #2d9dc87d
 import argparse
@@ -245,6 +247,18 @@ def check_pair(
         raise ValueError(f"a {teacher.backbone} of width {student.width:g} has other layers than one of width {teacher.width:g}, such as "
             f"{min(a ^ b)}: change widths or student_width, or set inherit_body to false")
 
+# %% ../nbs/20_experiment.ipynb #8538141e
+def warn_of_size(
+    teacher:DetectorSpec,
+    spec:StudentSpec
+):
+    "Say beforehand that a student is hardly smaller than its teacher"
+    student = student_spec(teacher, plan_inheritance(teacher, spec)[0])
+    with torch.device("meta"): ours, theirs = (sum(x.numel() for x in build_detector(d).parameters()) for d in (student, teacher))
+    if ours < .8 * theirs: return
+    log.warning("the student keeps %.0f %% of its teacher's %.1f M parameters; widths half narrows the body alone, slim every part",
+        100 * ours / theirs, theirs / 1e6)
+
 # %% ../nbs/20_experiment.ipynb #2f6f6d11
 def _check_images(p, s): # refuse what a run's data cannot give
     real = p["dataset"] not in ("none", "street")
@@ -331,17 +345,36 @@ class RunBar:
 
     def close(self): self.bar.close()
 
-# %% ../nbs/20_experiment.ipynb #99d53991
-class Stages:
-    "The stages under a folder `runs`: each made once, and remembered by what it depends on"
+# %% ../nbs/20_experiment.ipynb #23d2136c
+def words(
+    kind:str, # What a stage makes
+    of:str="" # For which of a run's students, or of what
+) -> str: # Such as `"transfer set of textures"`
+    "The name of a stage, for people"
+    return kind.replace("_", " ") + (f" of {of}" if of not in ("", "student") else "")
+
+# %% ../nbs/20_experiment.ipynb #f1887c3f
+def lasting(
+    file:Path # In a stage's folder
+) -> bool:
+    "Whether a file is part of what a stage has made"
+    passing = {"stage.json", "commits.json", "training.pt", ".lock"}
+    return file.is_file() and file.name not in passing and file.suffix not in (".damaged", ".part")
+
+def file_mark(
+    file:Path
+) -> list|None: # Its length, and but for PNGs, which have one of their own, a checksum; nothing where there is none
+    "What tells that a file is as it was"
+    if not file.is_file(): return None
+    return [file.stat().st_size, *([] if file.suffix == ".png" else [zlib.crc32(file.read_bytes())])]
+
+# %% ../nbs/20_experiment.ipynb #89b30fad
+class Shelf:
+    "Stages on disk, each found by what it depends on"
     def __init__(self,
-        runs:Path, # The folder `runs`
-        engine:Engine|None=None, # The processes of this run; none is this one alone
-        name:str="", # The run that uses them, which keeps a list
-        progress:bool=True # Show progress bars while they are made
+        runs:Path # The folder `runs`
     ):
-        self.runs, self.engine, self.name, self.progress, self.used = Path(runs), engine, name, progress and attended(), []
-        self.main, self.sound, self.of, self.bar = engine is None or engine.is_main, {}, "", RunBar(name, [])
+        self.runs, self.sound = Path(runs), {} # records of stages that were looked at and found sound
 
     def folder(self,
         kind:str, # What a stage makes: `"teacher"`, ...
@@ -362,76 +395,7 @@ class Stages:
         else: self.sound[folder] = record
         return self.sound.get(folder)
 
-    def make(self,
-        kind:str, depends:dict, # As for `folder`
-        make:Callable[[Path], dict|None], # `make(folder)` fills the folder; what it returns is kept in the record
-        shared:bool=False, # Every process helps to make it; otherwise the main one does, and the others wait
-        amount:float=0. # How much work it is, in a unit of its kind; `moi run --plan` estimates from it
-    ) -> tuple[Path, dict]: # The folder, and its record: `depends`, `seconds`, `memory`, `commits`, `reused`, what `make` returned
-        "The result of a stage: made now, or taken from an earlier run that asked for the same"
-        self.bar.begin(f"{kind.replace('_', ' ')}{f' of {self.of}' if self.of not in ('', 'student') else ''}")
-        folder, record = self._make(kind, depends, make, shared, amount)
-        self.bar.end(amount * (kind != "world"), 0. if record["reused"] else record["seconds"]) # a world's is in pixels
-        return folder, record
-
-    def _make(self, kind, depends, make, shared, amount):
-        folder = self.folder(kind, depends)
-        self._use(folder)
-        if there := self.record(folder): return self._taken(folder, there)
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder, lambda: self.record(folder)) if self.main else contextlib.nullcontext():
-            if self.engine: self.engine.wait()
-            if there := self.record(folder): return self._taken(folder, there) # another run has made it meanwhile
-            start, made, peak = time.perf_counter(), {}, Peak(self.engine)
-            if self.main:
-                clear_parts(folder)
-                noted = _note_commit(folder/"commits.json")
-            with _named(folder):
-                if self.main or shared: made = make(folder) or {}
-            if self.engine: self.engine.wait()
-            seconds = round(time.perf_counter() - start, 2)
-            made |= {"kind": kind, "depends": depends, "seconds": seconds, "amount": amount, "memory": peak.read()}
-            if self.main:
-                files = {str(f.relative_to(folder)): file_mark(f) for f in sorted(folder.rglob("*")) if lasting(f)}
-                write_record(folder/"stage.json", made | {"commits": noted, "files": files})
-                for name in ("commits.json", "training.pt"): (folder/name).unlink(missing_ok=True) # nothing goes on from them
-            if self.engine: self.engine.wait()
-            return folder, self.record(folder) | {"reused": False}
-
-    def _taken(self, folder, record): # a complete stage, without what is left where a process was killed as soon as it was complete
-        for name in ("commits.json", "training.pt", ".lock") if self.main else ():
-            with contextlib.suppress(OSError): (folder/name).unlink(missing_ok=True)
-        return folder, record | {"reused": True}
-
-    def _use(self, folder): # note that this run uses a stage
-        if folder.name not in self.used: self.used.append(folder.name)
-        if not self.name or not self.main: return
-        listed, text = self.runs/self.name/"stages.json", json.dumps(self.used, indent=1).encode()
-        listed.parent.mkdir(parents=True, exist_ok=True)
-        if not listed.is_file() or listed.read_bytes() != text: write_whole(listed, text)
-
 # %% ../nbs/20_experiment.ipynb #e9e264d1
-@contextlib.contextmanager
-def _named(folder): # errors of the system, such as that no space is left on the device, say where
-    try: yield
-    except OSError as e:
-        if e.errno is None or e.filename: raise
-        raise type(e)(e.errno, e.strerror, os.fspath(folder)) from e
-
-def lasting(
-    file:Path # In a stage's folder
-) -> bool:
-    "Whether a file is part of what a stage has made"
-    passing = {"stage.json", "commits.json", "training.pt", ".lock"}
-    return file.is_file() and file.name not in passing and file.suffix not in (".damaged", ".part")
-
-def file_mark(
-    file:Path
-) -> list|None: # Its length, and but for PNGs, which have one of their own, a checksum; nothing where there is none
-    "What tells that a file is as it was"
-    if not file.is_file(): return None
-    return [file.stat().st_size, *([] if file.suffix == ".png" else [zlib.crc32(file.read_bytes())])]
-
 @contextlib.contextmanager
 def alone(
     folder:Path, # Which exists
@@ -476,11 +440,86 @@ def commit() -> str|None: # In full, with `+changes` where `moi/` or `nbs/` diff
     try: return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ":/moi", ":/nbs") else "")
     except (OSError, subprocess.CalledProcessError): return None
 
+# %% ../nbs/20_experiment.ipynb #c1716245
 def _note_commit(file): # every commit that has worked on a stage, from its beginning on
     found = salvage(file, read_record) or []
     noted = found if isinstance(found, list) else found["commits"] # a list alone is an older version's
     if commit() not in noted: write_record(file, {"commits": (noted := [*noted, commit()])})
     return noted
+
+def _note_use(file, used): # the stages that a run uses, where they are not those that are noted
+    text = json.dumps(used, indent=1).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.is_file() or file.read_bytes() != text: write_whole(file, text)
+
+@contextlib.contextmanager
+def _named(folder): # errors of the system, such as that no space is left on the device, say where
+    try: yield
+    except OSError as e:
+        if e.errno is None or e.filename: raise
+        raise type(e)(e.errno, e.strerror, os.fspath(folder)) from e
+
+# %% ../nbs/20_experiment.ipynb #adee0b2b
+def _fill(folder, about, make, shared, engine): # makes a stage; every process does, or waits
+    start, made, peak, main = time.perf_counter(), {}, Peak(engine), engine is None or engine.is_main
+    if main:
+        clear_parts(folder)
+        noted = _note_commit(folder/"commits.json")
+    with _named(folder):
+        if main or shared: made = make(folder) or {}
+    if engine: engine.wait()
+    made |= about | {"seconds": round(time.perf_counter() - start, 2), "memory": peak.read()}
+    if main:
+        files = {str(f.relative_to(folder)): file_mark(f) for f in sorted(folder.rglob("*")) if lasting(f)}
+        write_record(folder/"stage.json", made | {"commits": noted, "files": files})
+        for name in ("commits.json", "training.pt"): (folder/name).unlink(missing_ok=True) # nothing resumes from them
+    if engine: engine.wait()
+
+# %% ../nbs/20_experiment.ipynb #99d53991
+class Stages(Shelf):
+    "The stages of a run: each made once, and remembered by what it depends on"
+    def __init__(self,
+        runs:Path, # The folder `runs`
+        engine:Engine|None=None, # The processes of this run; none is this one alone
+        name:str="", # The run that uses them, which keeps a list
+        progress:bool=True # Show progress bars while they are made
+    ):
+        super().__init__(runs)
+        self.engine, self.name, self.progress, self.used = engine, name, progress and attended(), []
+        self.main, self.of, self.bar = engine is None or engine.is_main, "", RunBar(name, [])
+
+    def make(self,
+        kind:str, depends:dict, # As for `folder`
+        make:Callable[[Path], dict|None], # `make(folder)` fills the folder; what it returns is kept in the record
+        shared:bool=False, # Every process helps to make it; otherwise the main one does, and the others wait
+        amount:float=0. # How much work it is, in a unit of its kind; `moi run --plan` estimates from it
+    ) -> tuple[Path, dict]: # The folder, and its record: `depends`, `seconds`, `memory`, `commits`, `reused`, what `make` returned
+        "The result of a stage: made now, or taken from an earlier run that asked for the same"
+        self.bar.begin(words(kind, self.of))
+        folder, record = self._make(kind, depends, make, shared, amount)
+        self.bar.end(amount * (kind != "world"), 0. if record["reused"] else record["seconds"]) # a world's is in pixels
+        return folder, record
+
+    def _make(self, kind, depends, make, shared, amount):
+        folder = self.folder(kind, depends)
+        if folder.name not in self.used: self.used.append(folder.name)
+        if self.name and self.main: _note_use(self.runs/self.name/"stages.json", self.used)
+        if there := self.record(folder): return self._taken(folder, there)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder, lambda: self.record(folder)) if self.main else contextlib.nullcontext():
+            if self.engine: self.engine.wait()
+            if there := self.record(folder): return self._taken(folder, there) # another run has made it meanwhile
+            _fill(folder, {"kind": kind, "depends": depends, "amount": amount}, make, shared, self.engine)
+            return folder, self.record(folder) | {"reused": False}
+
+    def _taken(self, folder, record): # a complete stage, without what is left where a process was killed as soon as it was complete
+        for name in ("commits.json", "training.pt", ".lock") if self.main else ():
+            with contextlib.suppress(OSError): (folder/name).unlink(missing_ok=True)
+        return folder, record | {"reused": True}
+
+    def named(self, kind:str) -> str: # Empty where no bars are shown
+        "The name of a stage's own progress bar"
+        return words(kind, self.of) if self.progress else ""
 
 # %% ../nbs/20_experiment.ipynb #3e28f1ab
 def usable(
@@ -508,6 +547,28 @@ def annotations_hash(
         if ragged: h.update((ragged.stop - ragged.start).numpy().tobytes())
     return h.hexdigest()[:12]
 
+# %% ../nbs/20_experiment.ipynb #82b6c2bc
+def open_split(
+    world:World,
+    split:int, # 0 to train the teacher on, 1 to tune on, 2 to report on
+    root:Path|None, # Folder of the dataset; none where there is only a teacher
+    runs:Path, # The folder `runs`
+    classes:Sequence[str]=(), # None means the dataset's own
+    given:bool=False # Whether they are a given teacher's
+) -> DetectionDataset|None: # None where the run has none
+    "The images of one split, damaged ones among them"
+    w = world
+    if not ((w.test if split == 2 else "") if w.dataset == "none" else w.splits[split]): return None
+    reader = {"none": open_dataset, "street": KITTIDataset, "kitti": KITTIDataset, "voc": VOCDataset, "coco": COCODataset}[w.dataset]
+    place = folder_and_split("test", w.test, runs) if w.dataset == "none" else (root, w.splits[split])
+    try: data = reader(*place, classes or None, strict=not w.skip_damaged)
+    except FileNotFoundError as e:
+        if split != 1 or not given: raise
+        log.warning("%s; nothing is tuned on it here, and nothing scored", e)
+        return None
+    if w.dataset != "street" or classes: check_classes(data, w.classes, classes if given else ()) # scenes may be empty
+    return data
+
 # %% ../nbs/20_experiment.ipynb #81d23ca8
 class Data:
     "The images of a run, split by split"
@@ -525,21 +586,10 @@ class Data:
         split:int # 0 to train the teacher on, 1 to tune on, 2 to report on
     ) -> DetectionDataset|None: # Images in their own size; none where the run has none
         "Open one split, once; what is wrong with it is an error"
-        if split not in self.opened: self.opened[split] = self._open(split)
+        if split not in self.opened:
+            data = open_split(self.world, split, self.root, self.runs, self.classes, self.given)
+            self.opened[split] = None if data is None else self._usable(data)
         return self.opened[split]
-
-    def _open(self, split):
-        w = self.world
-        if not ((w.test if split == 2 else "") if w.dataset == "none" else w.splits[split]): return None
-        reader = {"none": open_dataset, "street": KITTIDataset, "kitti": KITTIDataset, "voc": VOCDataset, "coco": COCODataset}[w.dataset]
-        place = folder_and_split("test", w.test, self.runs) if w.dataset == "none" else (self.root, w.splits[split])
-        try: data = reader(*place, self.classes or None, strict=not w.skip_damaged)
-        except FileNotFoundError as e:
-            if split != 1 or not self.given: raise
-            log.warning("%s; nothing is tuned on it here, and nothing scored", e)
-            return None
-        if w.dataset != "street" or self.classes: check_classes(data, w.classes, self.classes if self.given else ()) # scenes may be empty
-        return self._usable(data)
 
     def _usable(self, data): # what is whole of it; the rest, if it may be left out, is noted
         data, lost = usable(data, self.world.skip_damaged)
@@ -677,10 +727,10 @@ def make_teacher(
         torch.manual_seed(step_seed(s.world.seed, 1))
         teacher = engine.place(untrained(spec, weights))
         history = train_detector(teacher, images, s.training, s.world.seed, engine=engine, checkpoint=folder/"training.pt",
-            judge=_val_judge(data.open(1)) if judged else None, progress="teacher" if stages.progress else "")
+            judge=_val_judge(data.open(1)) if judged else None, progress=stages.named("teacher"))
         if engine.is_main: save_detector(teacher, folder/"teacher.safetensors")
         return {"history": history}
-    folder, record = stages.make("teacher", depends, make, shared=True, amount=s.training.steps * s.training.batch * work(spec))
+    folder, record = stages.make("teacher", depends, make, shared=True, amount=works(s, spec)["teacher"])
     return folder/"teacher.safetensors", record
 
 # %% ../nbs/20_experiment.ipynb #87454636
@@ -746,6 +796,25 @@ def work(
     "How much work one image is for a detector"
     with torch.random.fork_rng([]): return float(capacity(build_detector(spec), proposals=spec.roi_samples)["total"]["flops"])
 
+# %% ../nbs/20_experiment.ipynb #d1b1028f
+def works(
+    s:Specs,
+    spec:DetectorSpec # Of the detector that learns as a teacher, or is asked for the others
+) -> dict[str, float]: # By kind, of all rounds together
+    "How much work the stages are"
+    t, d, one = s.training, s.distilling, work(spec)
+    painted = s.transfer.impressions * s.painting.steps
+    return {"teacher": t.steps * t.batch * one, "transfer_set": painted * one, "student": d.steps * d.batch * one}
+
+def method_works(
+    s:Specs, # Of a method
+    spec:DetectorSpec # The teacher's
+) -> dict[str, float]: # By kind, of all rounds together
+    "How much work a method's stages are; photographs are none"
+    kind, w = s.comparison.photographs, works(s, spec)
+    if kind == "labelled": return {"teacher": works(s, student_spec(spec, s.student))["teacher"]}
+    return {"transfer_set": {"": 1., "mixed": .5}.get(kind, 0.) * w["transfer_set"], "student": w["student"]}
+
 # %% ../nbs/20_experiment.ipynb #b11fe0f9
 def photograph_set(
     s:Specs, # Of a method
@@ -770,7 +839,7 @@ def photograph_set(
             write_shard(folder, k, first, torch.stack([image for image, _ in samples]), targets, kind, {"seed": seed, "images": some})
         join_shards(folder, -(-len(order) // 1024), spec.classes)
         return {"images": len(order)}
-    folder, record = stages.make("transfer_set", depends, make, amount=wanted)
+    folder, record = stages.make("transfer_set", depends, make)
     if (n := record["images"]) < wanted: log.warning("there are %d photographs (%s), and %d were asked for", n, c.photographs, wanted)
     return folder, record | {"asked": wanted}
 
@@ -787,10 +856,9 @@ def paint(
     seed, engine = s.world.seed if seed is None else seed, stages.engine
     key = painting_key(teacher, s.transfer, s.laws, s.painting, seed, engine.precision, number, student)
     def make(folder):
-        paint_transfer_set(teacher, folder, s.transfer, s.laws, s.painting, student, number, seed, engine, stages.progress)
+        paint_transfer_set(teacher, folder, s.transfer, s.laws, s.painting, student, number, seed, engine, stages.named("transfer_set"))
         return {"images": len(open_transfer_set(folder))}
-    amount = s.transfer.impressions / s.transfer.rounds * s.painting.steps * work(teacher.spec)
-    return stages.make("transfer_set", key, make, shared=True, amount=amount)
+    return stages.make("transfer_set", key, make, shared=True, amount=works(s, teacher.spec)["transfer_set"] / s.transfer.rounds)
 
 # %% ../nbs/20_experiment.ipynb #e1461010
 def learn(
@@ -804,9 +872,9 @@ def learn(
     plan, engine = plan_inheritance(teacher.spec, s.student)[0], stages.engine
     key = student_key(teacher, transfer_sets, plan, s.distilling, s.world.seed, engine.precision, before)
     def make(folder):
-        make_student(teacher, transfer_sets, folder, plan, s.distilling, before, s.world.seed, engine, stages.progress)
+        make_student(teacher, transfer_sets, folder, plan, s.distilling, before, s.world.seed, engine, stages.named("student"))
         return {"history": history_of(folder)}
-    folder, record = stages.make("student", key, make, shared=True, amount=s.distilling.steps * s.distilling.batch * work(teacher.spec))
+    folder, record = stages.make("student", key, make, shared=True, amount=works(s, teacher.spec)["student"])
     return folder/"student.safetensors", record
 
 # %% ../nbs/20_experiment.ipynb #c681af76
@@ -862,7 +930,7 @@ def score(
     "Evaluate a detector on one split"
     def make(folder):
         images = data.open(split)
-        targets, seen = [images.target(i) for i in range(len(images))], predict(detector, images, progress=stages.progress)
+        targets, seen = [images.target(i) for i in range(len(images))], predict(detector, images, progress=stages.named("scores"))
         return {"scores": summary(targets, seen, images.classes, images.layout)}
     depends = {"detector": key, "images": data.key(split), "version": evaluate.VERSION}
     return stages.make("scores", depends, make)[1]["scores"]
@@ -876,6 +944,22 @@ def summary(targets, seen, classes, layout): # the numbers of a result, undefine
     per_class = {c: row(coco["per_class"][c], voc["per_class"][c]) for c in own["per_class"]}
     return row(coco["summary"], voc["summary"]) | {"per_class": per_class, "protocol": own}
 
+# %% ../nbs/20_experiment.ipynb #e37a72b7
+def fresh(
+    s:Specs
+) -> Specs: # Whose transfer set is as many impressions as `agreement` says
+    "What is painted to compare a student with its teacher"
+    return s._replace(transfer=dataclasses.replace(s.transfer, impressions=s.world.agreement, textures=0, rounds=1))
+
+def paint_fresh(
+    s:Specs,
+    teacher:FasterRCNN,
+    stages:Stages
+) -> Path: # A transfer set
+    "Impressions that no student has learnt from"
+    stages.of = "fresh impressions"
+    return paint(fresh(s), teacher, stages, seed=step_seed(s.world.seed, 5))[0]
+
 # %% ../nbs/20_experiment.ipynb #e63996be
 def agree(
     s:Specs,
@@ -884,19 +968,21 @@ def agree(
     stages:Stages
 ) -> dict[str, dict]: # `AP` and `AP50` of each, fractions
     "How far students agree with their teacher on impressions that taught nobody"
-    transfer = dataclasses.replace(s.transfer, impressions=s.world.agreement, textures=0, rounds=1)
-    folder, _ = paint(s._replace(transfer=transfer), teacher, stages, seed=step_seed(s.world.seed, 5))
+    folder = paint_fresh(s, teacher, stages)
     images, names = open_transfer_set(folder), [name or f"output {k}" for k, name in enumerate(teacher.spec.classes, 1)]
     pixels = [images.image(i) for i in range(len(images))]
-    def one(file):
-        student = load_detector(file, stages.engine.device)
+    def one(name, file):
+        stages.of, student = name, load_detector(file, stages.engine.device)
         def make(folder):
             seen = agreement(predict(teacher, pixels, progress=False), predict(student, pixels, progress=False), names).as_dict()["summary"]
             return {"agreement": {k: seen[k] for k in ("AP", "AP50")}}
         depends = {"teacher": detector_hash(teacher), "student": detector_hash(student), "images": set_hash(folder),
             "version": evaluate.VERSION}
-        return stages.make("agreement", depends, make)[1]["agreement"]
-    return {name: one(file) for name, file in students.items()}
+        found = stages.make("agreement", depends, make)[1]["agreement"]
+        if found["AP"] is None: log.warning("the teacher is confident of nothing in %d impressions, so nobody can agree with it: is it "
+            "trained, and is its configuration its own?", len(pixels))
+        return found
+    return {name: one(name, file) for name, file in students.items()}
 
 # %% ../nbs/20_experiment.ipynb #48f56177
 def measure(
@@ -909,7 +995,9 @@ def measure(
     "The metrics of a run"
     metrics = {}
     loaded = {k: load_detector(f, stages.engine.device) for k, f in detectors.items()}
-    grade = lambda k, split=2: score(loaded[k], detector_hash(loaded[k]), data, stages, split)
+    def grade(k, split=2):
+        stages.of = k
+        return score(loaded[k], detector_hash(loaded[k]), data, stages, split)
     if data.labelled:
         metrics = {k: grade(k) for k in loaded}
         kept = lambda k: metrics["student"][k] / metrics["teacher"][k] if metrics["teacher"][k] else None
@@ -941,6 +1029,7 @@ def leave(
         return {form: files[form] for form in s.world.export}
     return {name: one(name) for name in ("teacher", "student") if s.world.export}
 
+# %% ../nbs/20_experiment.ipynb #a24032e6
 def measure_left(
     left:Mapping[str, Mapping[str, Path]], # From `leave`
     student:Path, # The student's file
@@ -1010,35 +1099,54 @@ def run(
     if s.world.export: extra("onnx", "onnxruntime") # whose absence is said before anything is made
     where = surroundings(engine) # before anything is done: the code that runs is that of now
     given, stages, folder = given_teacher(s, runs), Stages(runs, engine, p["name"], progress), runs/p["name"]
-    asked = {"student": s} | {k: specs_of(as_method(p, k)) for k in p["baselines"]}
+    asked = methods_of(p)
     if given is not None: # what a student of it can't be is said before anything is made
         for q in asked.values(): check_pair(given.spec, q.student)
+        warn_of_size(given.spec, s.student)
     with claim(folder, yaml.safe_dump(p, sort_keys=False).encode()) if engine.is_main else contextlib.nullcontext(False) as writes:
-        return _carry_out(p, s, asked, given, stages, where, folder if writes else None)
+        return _carry_out(p, asked, given, stages, where, folder if writes else None)
+
+# %% ../nbs/20_experiment.ipynb #db219e93
+def methods_of(
+    p:dict[str, Any] # Every parameter
+) -> dict[str, Specs]: # The run's own under `student`, then each baseline's
+    "What is compared in a run"
+    return {"student": specs_of(p)} | {k: specs_of(as_method(p, k)) for k in p["baselines"]}
 
 # %% ../nbs/20_experiment.ipynb #7709115c
 def ahead(
-    asked:Mapping[str, Specs], # Of the student and of each baseline
+    asked:Mapping[str, Specs], # From `methods_of`
     given:DetectorSpec|None=None # The given teacher's
 ) -> list[float]: # The work of each stage in one unit, 0 where it is little
     "The stages of a run, as far as they are known before it begins"
     s = asked["student"]
     w, spec = s.world, given or s.teacher.detector(["any"], s.world.size or street.SIZE)
-    learn = lambda q, of: q.training.steps * q.training.batch * work(of)
-    amounts = [0.] * (w.dataset == "street") + [0. if given else learn(s, spec)] + [learn(half_steps(s), spec), 0.] * s.teacher.half
+    amounts = [0.] * (w.dataset == "street") + [0. if given else works(s, spec)["teacher"]]
+    if s.teacher.half: amounts += [works(half_steps(s), spec)["teacher"], 0.]
     for q in asked.values():
-        if q.comparison.photographs == "labelled": amounts.append(learn(q, student_spec(spec, q.student)))
-        else:
-            rounds = 1 if q.comparison.photographs or not q.transfer.impressions else q.transfer.rounds
-            share = {"": 1., "mixed": .5}.get(q.comparison.photographs, 0.)
-            painted = share * q.transfer.impressions * q.painting.steps * work(spec)
-            amounts += [0.] * (share == .5) + [painted / rounds, q.distilling.steps * q.distilling.batch * work(spec) / rounds] * rounds
+        rounds = 1 if q.comparison.photographs or not q.transfer.impressions else q.transfer.rounds
+        amounts += [0.] * (q.comparison.photographs == "mixed") + [v / rounds for v in method_works(q, spec).values()] * rounds
+    if w.dataset == "none" and w.agreement: amounts += [works(fresh(s), spec)["transfer_set"]] + [0.] * len(asked)
     scored = (w.dataset != "none" or bool(w.test)) * (len(asked) + 1) + 2 * (w.dataset != "none" and bool(w.splits[1]))
     return amounts + [0.] * (scored + 2 * bool(w.export))
 
+# %% ../nbs/20_experiment.ipynb #5ddaaa36
+def _told(world, trained, done, half, seconds): # the records of a run's stages, as its result keeps them
+    label = lambda stage, k: stage if k == "student" else f"{stage}_{k}"
+    made = {"world": world, "teacher": trained} | ({"teacher_half_steps": half} if half else {})
+    made |= {label("transfer_set", k): d[1] for k, d in done.items() if d[1]}
+    made |= {label("student", k): d[3] for k, d in done.items()} | {"scores": {"seconds": round(seconds, 2)}}
+    return {k: {x: v[x] for x in ("seconds", "reused", "images", "asked", "commits") if x in v} for k, v in made.items()}
+
+def _link_all(folder, sets, detectors, left): # what a run made, in its folder
+    for i, f in enumerate(sets, 1): link(f, folder/("transfer_set" if i == 1 else f"transfer_set_{i}"))
+    for name in ("teacher", "student"): link(detectors[name], folder/f"{name}.safetensors")
+    for name, files in left.items():
+        for form, f in files.items(): link(f, folder/(f"{name}.onnx" if form == "onnx" else f"{name}_{form}.onnx"))
+
 # %% ../nbs/20_experiment.ipynb #0922b99a
-def _carry_out(p, s, asked, given, stages, where, folder): # a run whose folder is claimed; without one nothing is written
-    engine = stages.engine
+def _carry_out(p, asked, given, stages, where, folder): # a run whose folder is claimed; without one nothing is written
+    s, engine = asked["student"], stages.engine
     if stages.progress and engine.is_main: stages.bar = RunBar(p["name"], ahead(asked, given and given.spec))
     data, world = open_data(s, stages, given and given.spec)
     check_data(asked, data)
@@ -1048,28 +1156,19 @@ def _carry_out(p, s, asked, given, stages, where, folder): # a run whose folder 
     s, asked = with_mirror(s, mirror), {k: with_mirror(q, mirror) for k, q in asked.items()}
     done = {}
     for stages.of, q in asked.items(): done[stages.of] = compress(q, teacher, data, stages)
-    stages.of = ""
-    start, detectors = time.perf_counter(), {"teacher": file} | {k: d[2] for k, d in done.items()}
+    start, detectors, half = time.perf_counter(), {"teacher": file} | {k: d[2] for k, d in done.items()}, None
     metrics = measure(s, teacher, detectors, data, stages)
-    half = None
+    stages.of = "half of the steps"
     if s.teacher.half: metrics["val"]["teacher_half_steps"], half = score_half(s, data, stages)
-    images = next(iter(done["student"][0]), None)
+    stages.of, images = "", next(iter(done["student"][0]), None)
     left = leave(s, detectors, images, stages)
     metrics |= measure_left(left, detectors["student"], data, images, stages)
     stages.bar.close()
-    label = lambda stage, k: stage if k == "student" else f"{stage}_{k}"
-    made = {"world": world, "teacher": trained} | ({"teacher_half_steps": half} if half else {})
-    made |= {label("transfer_set", k): d[1] for k, d in done.items() if d[1]}
-    made |= {label("student", k): d[3] for k, d in done.items()} | {"scores": {"seconds": round(time.perf_counter() - start, 2)}}
-    told = {k: {x: v[x] for x in ("seconds", "reused", "images", "asked", "commits") if x in v} for k, v in made.items()}
+    told = _told(world, trained, done, half, time.perf_counter() - start)
     result = {"params": p, "seed": p["seed"], "metrics": metrics, "stages": told} | where
     if s.world.skip_damaged: result["skipped"] = data.skipped
     if mirror: result["mirror"] = mirror
-    if folder:
-        for i, f in enumerate(done["student"][0], 1): link(f, folder/("transfer_set" if i == 1 else f"transfer_set_{i}"))
-        for name in ("teacher", "student"): link(detectors[name], folder/f"{name}.safetensors")
-        for name, files in left.items():
-            for form, f in files.items(): link(f, folder/(f"{name}.onnx" if form == "onnx" else f"{name}_{form}.onnx"))
+    if folder: _link_all(folder, done["student"][0], detectors, left)
     if engine.is_main:
         student = load_detector(detectors["student"], engine.device)
         result |= about(s, teacher, student, pictures(data, images), left)
@@ -1182,7 +1281,7 @@ names = detector.spec.classes  # names[k - 1] is the name of label k
 {scores}
 
 AP is COCO's on test images; agreement is the AP of the student's detections with the teacher's as the truth, on impressions that taught
-nobody.
+nobody. A dash: there was nothing to compare with.
 
 ## What it costs
 
@@ -1295,7 +1394,7 @@ def photographs(
     if not names: raise ValueError(f"parameter 'look' is {folder!r}; no JPEG or PNG file lies in it")
     return [read_image(place/name) for name in names]
 
-# %% ../nbs/20_experiment.ipynb #ea87b0b8
+# %% ../nbs/20_experiment.ipynb #3a4b2fae
 class Planned(NamedTuple):
     "A stage of a run that has not begun"
     kind:str # What it makes
@@ -1304,56 +1403,23 @@ class Planned(NamedTuple):
     seconds:float|None # How long it may take, from what stages like it took; `None` where none like it has been made
     memory:int|None # Bytes in use, of the largest like it
 
-def plan(
-    parameters:Mapping[str, Any], # Parameters that differ from the defaults, or all
-    runs:Path|None=None # The folder `runs`; found by default
-) -> list[Planned]: # In order; after the first that is missing all that depends on it is missing too
-    "Which stages a run would make, and which are there"
-    p, runs = check_parameters(parameters), Path(runs or find_runs())
-    s, found = specs_of(p), []
-    stages = Planner(runs, make_engine(s), found)
-    given, asked = given_teacher(s, runs), {"student": s, **{k: specs_of(as_method(p, k)) for k in p["baselines"]}}
-    try:
-        stages.of = ""
-        data, _ = open_data(s, stages, given and given.spec)
-        check_data(asked, data)
-        file, _ = make_teacher(s, data, stages, given)
-        spec = (teacher := load_detector(file)).spec
-        mirror = ask_mirror(s, teacher, stages)
-        asked = {k: with_mirror(q, mirror) for k, q in asked.items()}
-    except Missing:
-        data, teacher = None, None
-        spec = given.spec if given else s.teacher.detector(["any"], s.world.size or street.SIZE)
-        amount = 0. if given else s.training.steps * s.training.batch * work(spec)
-        if not any(f.kind == "teacher" for f in found): stages.guess("teacher", amount)
-    for name, q in asked.items():
-        stages.of, before = name, len(found)
-        check_pair(spec, q.student)
-        try:
-            if teacher is None: raise Missing
-            compress(q, teacher, data, stages)
-        except Missing:
-            made, labelled = {f.kind for f in found[before:]}, q.comparison.photographs == "labelled"
-            if labelled and not made: stages.guess("teacher", s.training.steps * s.training.batch * work(student_spec(spec, q.student)))
-            if labelled: continue
-            if "transfer_set" not in made: stages.guess("transfer_set", q.transfer.impressions * q.painting.steps * work(spec))
-            if "student" not in made: stages.guess("student", q.distilling.steps * q.distilling.batch * work(spec))
-    if s.teacher.half:
-        stages.of, half = "half of the steps", half_steps(s)
-        with contextlib.suppress(Missing):
-            if teacher is not None: make_teacher(half, data, stages)
-            else: stages.guess("teacher", half.training.steps * half.training.batch * work(spec))
-    return found
-
-# %% ../nbs/20_experiment.ipynb #1f4b0bcb
 class Missing(Exception):
     "A stage that would have to be made"
 
+# %% ../nbs/20_experiment.ipynb #d9267a0d
+def pace(
+    records:Sequence[Mapping[str, Any]] # Of stages of one kind: `amount`, above 0, and `seconds`
+) -> float|None: # Seconds for a unit of work; nothing where there are no records
+    "How fast stages were made, as far as it tells how long a large one takes"
+    most = max((r["amount"] for r in records), default=0)
+    return median(r["seconds"] / r["amount"] for r in records if r["amount"] >= most / 2) if records else None
+
+# %% ../nbs/20_experiment.ipynb #1f4b0bcb
 class Planner(Stages):
     "Stages that are looked up and never made"
-    def __init__(self, runs:Path, engine:Engine, found:list[Planned]):
+    def __init__(self, runs:Path, engine:Engine|None=None):
         super().__init__(runs, engine)
-        self.found, self.of, self.before = found, "", collections.defaultdict(list)
+        self.found, self.before = [], collections.defaultdict(list)
         for file in self.runs.glob("stages/*/stage.json"):
             record = salvage(file, read_record) or {}
             if record.get("amount"): self.before[file.parent.name.rpartition("-")[0]].append(record)
@@ -1370,8 +1436,48 @@ class Planner(Stages):
     def guess(self, kind:str, amount:float):
         "Note a stage that is to be made"
         like = self.before[kind]
-        seconds = amount * median(r["seconds"] / r["amount"] for r in like) if like else None
+        seconds = amount * pace(like) if like else None
         self.found.append(Planned(kind, self.of, False, seconds, max((r["memory"] or 0 for r in like), default=0) or None))
+
+    def foresee(self, amounts:Mapping[str, float], ask:Callable|None, *given): # By kind; `ask(*given, self)`, where it can be asked
+        "Note the stages that `ask` asks for; where one is missing, so are the others"
+        before = len(self.found)
+        with contextlib.suppress(Missing):
+            if ask: ask(*given, self)
+        known = {f.kind for f in self.found[before:]}
+        for kind, amount in amounts.items():
+            if kind not in known: self.guess(kind, amount)
+
+# %% ../nbs/20_experiment.ipynb #ea87b0b8
+def plan(
+    parameters:Mapping[str, Any], # Parameters that differ from the defaults, or all
+    runs:Path|None=None # The folder `runs`; found by default
+) -> list[Planned]: # In order; after the first that is missing all that depends on it is missing too
+    "Which stages a run would make, and which are there"
+    p, runs = check_parameters(parameters), Path(runs or find_runs())
+    s, asked = specs_of(p), methods_of(p)
+    stages, given = Planner(runs, make_engine(s)), given_teacher(s, runs)
+    try:
+        data, _ = open_data(s, stages, given and given.spec)
+        check_data(asked, data)
+        teacher = load_detector(make_teacher(s, data, stages, given)[0])
+        mirror = ask_mirror(s, teacher, stages)
+        asked = {k: with_mirror(q, mirror) for k, q in asked.items()}
+    except Missing: data, teacher = None, None
+    known = teacher or given
+    spec = known.spec if known else s.teacher.detector(["any"], s.world.size or street.SIZE)
+    if not any(f.kind == "teacher" for f in stages.found): stages.guess("teacher", 0. if given else works(s, spec)["teacher"])
+    for stages.of, q in asked.items():
+        check_pair(spec, q.student)
+        stages.foresee(method_works(q, spec), teacher and compress, q, teacher, data)
+    s = asked["student"]
+    if s.world.dataset == "none" and s.world.agreement:
+        stages.of = "fresh impressions"
+        stages.foresee({"transfer_set": works(fresh(s), spec)["transfer_set"]}, teacher and paint_fresh, s, teacher)
+    if s.teacher.half:
+        stages.of, half = "half of the steps", half_steps(s)
+        stages.foresee({"teacher": works(half, spec)["teacher"]}, teacher and make_teacher, half, data)
+    return stages.found
 
 # %% ../nbs/20_experiment.ipynb #0ef911cb
 class Kept(NamedTuple):
@@ -1467,9 +1573,8 @@ def describe_plan(
 ) -> str: # A line for each stage, and a sum
     "A plan in words"
     minutes = lambda s: "?" if s is None else f"{s / 60:.1f} min"
-    what = lambda f: f"{f.kind}{f' of {f.of}' if f.of not in ('', 'student') else ''}"
     memory = lambda f: f"  {f.memory / 1e9:.1f} GB" if f.memory else ""
-    lines = [f"{what(f):32} " + ("is there" if f.there else f"to be made  {minutes(f.seconds):>10}{memory(f)}") for f in found]
+    lines = [f"{words(f.kind, f.of):36} " + ("is there" if f.there else f"to be made  {minutes(f.seconds):>10}{memory(f)}") for f in found]
     todo = [f for f in found if not f.there]
     known, unknown = sum(f.seconds for f in todo if f.seconds is not None), sum(f.seconds is None for f in todo)
     total = f"{len(todo)} of {len(found)} stages to be made"

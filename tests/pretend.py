@@ -452,7 +452,7 @@ def checks():
         "predict": lambda: seen(own), "predict, other rules": lambda: seen(of["rules"]),
         "preferred targets": lambda: pseudo_targets.preferred_targets(own, images[:2].to(D) / 255),
         "soft labels' similarity": lambda: on_device(pseudo_targets.class_similarity(own)),
-        "shard": lambda: compress.paint_shard(own, 2, plan, impressions.Painting(steps=1), 0, None, train.Engine(device=D), False),
+        "shard": lambda: compress.paint_shard(own, 2, plan, impressions.Painting(steps=1), 0, None, train.Engine(device=D)),
         "label textures": lambda: compress.label_images(own, images),
         "calibration": lambda: on_device(list(compress.calibration(Pictures(), train.Engine(device=D), 0, views=1)())),
         "fewest proposals": lambda: compress.fewest_proposals(own, list(images)),

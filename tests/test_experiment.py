@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -16,25 +17,33 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import torch
+from tqdm import tqdm
 
-from moi import distill, street, train
-from moi.data import read_record
-from moi.detector import check_value, detector_hash, load_detector
+from moi import compress, distill, evaluate, experiment, impressions, layouts, street, train
+from moi.data import read_record, write_record
+from moi.detector import DetectorSpec, build_detector, check_value, detector_hash, load_detector
 from moi.experiment import (
     KINDS,
     PARAMETERS,
+    Planner,
     Stages,
+    ahead,
     check_parameters,
     default,
+    describe_plan,
     find_runs,
     make_teacher,
+    methods_of,
     open_data,
+    pace,
     read_parameters,
     run,
     score,
     specs_of,
 )
 from moi.layouts import write_kitti, write_voc
+from moi.pseudo_targets import sample_targets
 from moi.train import Engine
 from moi.transfer_set import open_transfer_set
 
@@ -176,6 +185,82 @@ def test_papermill_stops_at_a_bad_parameter(tmp_path):
 
 
 # A run
+
+class Bars:
+    "Every progress bar of moi that is shown: in the order they came, and how many there were at once"
+    def __init__(self, patch):
+        self.all, self.open, self.most = [], set(), 0
+        bars = self
+        class Bar(tqdm):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs | {"file": io.StringIO()})
+                if self.disable or kwargs.get("delay"): return # some come only where a look takes long
+                bars.all.append(self)
+                bars.open.add(self)
+                bars.most = max(bars.most, len(bars.open))
+            def close(self):
+                bars.open.discard(self)
+                super().close()
+        for module in (compress, distill, evaluate, experiment, impressions, layouts, street, train):
+            if hasattr(module, "tqdm"): patch.setattr(module, "tqdm", Bar)
+
+    def names(self): return [b.desc.removesuffix(": ") for b in self.all]
+
+
+def test_a_run_shows_one_bar_for_itself_and_one_for_its_stage(tmp_path, monkeypatch):
+    "The stage's has the name of its method; and it counts stages as they come, with and without data"
+    few = {"scenes": [4, 2, 2], "impressions": 4, "textures": 2, "shard": 2, "batch": 2, "timed": 1}
+    tiny = read_parameters(ROOT / PARAMS / "tiny.yaml") | few | {"device": "cpu", "baselines": ["textures", "real"]}
+    bars = Bars(monkeypatch)
+    run(tiny, tmp_path)
+    made = ["transfer set", "student", "transfer set of textures", "student of textures", "student of real"] # what is real is only copied
+    scored = ["scores of teacher", "scores", "scores of textures", "scores of real", "scores of teacher", "scores"]
+    assert bars.names()[1:] == ["street", "teacher", *made, *scored] and bars.most == 2 and not bars.open
+    assert all(b.n == b.total for b in bars.all) and bars.all[0].total == len(ahead(methods_of(check_parameters(tiny))))
+    given = {"dataset": "none", "teacher": str(next(tmp_path.glob("stages/teacher-*/teacher.safetensors"))), "agreement": 2}
+    own, bars = tiny | given | {"name": "own", "baselines": [], "synthesis_steps": 3}, Bars(monkeypatch)
+    run(own, tmp_path)
+    assert bars.names()[1:] == ["transfer set", "student", "transfer set of fresh impressions"] and bars.most == 2
+    teacher = load_detector(Path(given["teacher"])).spec
+    assert bars.all[0].n == bars.all[0].total == len(ahead(methods_of(check_parameters(own)), teacher))
+    assert bars.all[0].postfix == "about 0 min left"
+
+
+def test_whoever_calls_a_stage_alone_sees_its_bar_too(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    teacher = build_detector(DetectorSpec(["a"], (64, 64), width=.25, fpn_channels=16, head_channels=32))
+    bars, cpu = Bars(monkeypatch), Engine(device="cpu")
+    few = dict(impressions=3, textures=2, shard=2, steps=3, engine=cpu)
+    images = compress.paint_transfer_set(teacher, tmp_path / "set", **few)
+    compress.make_student(teacher, images, tmp_path / "student", widths="half", steps=2, batch=2, engine=cpu)
+    compress.paint_transfer_set(teacher, tmp_path / "other", progress="mine", **few)
+    impressions.synthesise(teacher, sample_targets(1, (64, 64), (1,)), impressions.Painting(steps=2))
+    evaluate.predict(teacher, [torch.zeros(3, 64, 64, dtype=torch.uint8)])
+    assert bars.names() == ["transfer set", "student", "mine", "impressions", "predict"] and bars.most == 1
+    assert [b.total for b in bars.all] == [5 * 3, 2, 5 * 3, 2, 1] and all(b.n == b.total for b in bars.all)
+    assert "| 5/5 images" in str(bars.all[0])
+    compress.paint_transfer_set(teacher, tmp_path / "quiet", progress=False, **few)
+    assert len(bars.all) == 5
+
+
+@pytest.mark.parametrize("records, seconds", [
+    ([], None),
+    ([(1., 5.)], 5e3),
+    ([(1., 5.)] * 9 + [(1e3, 60.)], 60.),
+    ([(1., 5.), (2., 5.), (500., 40.), (1e3, 60.), (1e3, 100.)], 80.),  # rates of .08, .06 and .1
+    ([(499., 400.), (1e3, 60.)], 60.)])
+def test_how_long_a_stage_takes_is_told_by_the_largest_like_it(records, seconds, tmp_path):
+    like = [{"amount": amount, "seconds": s} for amount, s in records]
+    found = pace(like)
+    assert (found and 1e3 * found) == (seconds and pytest.approx(seconds))
+    for i, r in enumerate(like):
+        (tmp_path / f"stages/student-{i:012}").mkdir(parents=True)
+        write_record(tmp_path / f"stages/student-{i:012}/stage.json", r | {"memory": i})
+    planner = Planner(tmp_path)
+    for kind in ("student", "teacher"): planner.guess(kind, 1e3)
+    assert [f.seconds for f in planner.found] == [seconds and pytest.approx(seconds), None]
+    assert "?" in describe_plan(planner.found)
+
 
 def test_the_result_says_how_it_came_about(finished):
     result = result_of(finished)

@@ -6,8 +6,9 @@ set -euxo pipefail
 python -c 'from moi.street import write_street; write_street("photographs", train=20, val=4, test=4, layout="voc")'
 moi check photographs
 cp -r photographs damaged
-echo "no image" > "damaged/JPEGImages/$(ls damaged/JPEGImages | head -1)"
-! moi check damaged # it names the file
+damaged=$(ls damaged/JPEGImages | head -1)
+echo "no image" > "damaged/JPEGImages/$damaged"
+{ ! moi check damaged; } 2>&1 | grep "$damaged" # it names the file
 papermill nbs/experiments/zero_shot_kd.ipynb runs/mine-data.ipynb -p name mine-data -p dataset voc -p data_root photographs \
     -y "{splits: [train 0-80%, train 80-100%, val], size: [96, 96], classes: [Car, Pedestrian, Cyclist]}" ${SHORT:-}
 python - <<'PYTHON'

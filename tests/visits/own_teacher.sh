@@ -7,8 +7,8 @@ import torch, torchvision
 detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=4)
 torch.save(detector.state_dict(), "inspector.pth")
 PYTHON
-! moi compress inspectr.pth --classes scratch dent stain --size 96 128   # misspelt: it says so
-! moi compress inspector.pth --classes scratch dent --size 96 128        # one class too few: it says so
+{ ! moi compress inspectr.pth --classes scratch dent stain --size 96 128; } 2>&1 | grep "no file 'inspectr.pth'" # misspelt
+{ ! moi compress inspector.pth --classes scratch dent --size 96 128; } 2>&1 | grep "2 names for 4 outputs" # one class too few
 moi compress inspector.pth --classes scratch dent stain --size 96 128 --plan
 moi compress inspector.pth --classes scratch dent stain --size 96 128 ${SHORT:-}
 cat runs/mine/student.md
