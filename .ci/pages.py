@@ -35,7 +35,8 @@ nav { flex: 0 0 15rem; height: 100vh; position: sticky; top: 0; overflow: auto; 
 nav p { margin: 1rem 0 .25rem; color: var(--soft) }
 nav a { display: block; padding: .125rem .5rem; border-radius: .25rem }
 nav a[aria-current] { background: var(--code); font-weight: 600 }
-main { flex: 1; min-width: 0; max-width: 60rem; margin: 0 auto; padding: 1.5rem }
+main { flex: 1; min-width: 0; max-width: 74rem; margin: 0 auto; padding: 1.5rem }
+main :is(p, li, blockquote) { max-width: 52rem }
 a { color: var(--link); text-decoration: none }
 a:hover { text-decoration: underline }
 .anchor-link { visibility: hidden; padding-left: .5rem }
@@ -45,11 +46,14 @@ pre { background: var(--code); padding: .75rem 1rem; overflow: auto; border-radi
 .output pre { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .25rem 1rem; margin: .5rem 0 }
 .prompt { display: none }
 code { font-size: .875em }
+pre code { font-size: inherit }
+.highlight pre, pre:has(code) { white-space: pre-wrap; overflow-wrap: anywhere }
 blockquote { margin: 0; color: var(--soft); font-size: 1.125rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .875rem; margin: 1rem 0 }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem; text-align: left }
 math[display=block] { overflow-x: auto; margin: 1rem 0 }
 footer { display: flex; justify-content: space-between; border-top: 1px solid var(--line); margin-top: 3rem; padding: 1rem 0 }
+@media (max-width: 80rem) { nav { flex-basis: 12rem; padding: 1.5rem .5rem } table { font-size: .75rem } th, td { padding: .25rem .5rem } }
 @media (max-width: 50rem) { body { display: block } nav { position: static; height: auto; max-height: 40vh; border: 0 } }
 """
 
@@ -76,8 +80,9 @@ class Renderer(IPythonRenderer):
 
 
 def markdown(text):
-    "Markdown as HTML"
-    return MarkdownWithMath(renderer=Renderer(escape=False)).render(text)
+    "Markdown as HTML; a range in a table does not break at its dash"
+    found = MarkdownWithMath(renderer=Renderer(escape=False)).render(text)
+    return re.sub(r"<td\b.*?</td>", lambda cell: re.sub(r"(?<=[\d%])–(?=\d)", "\u2060–\u2060", cell[0]), found, flags=re.S)
 
 
 class Exporter(HTMLExporter):
