@@ -274,7 +274,7 @@ class Pairs(Part):
 
 
 class Interrupts(Part):
-    "Ctrl-C at any moment: the run leaves no file half written, and goes on"
+    "Ctrl-C at any moment: the run leaves no file half written, and resumes"
     def of(self):
         self.plain = Reference(self.work/"plain", RUN)
         return [{"interrupt": k} for k in range(20)]
@@ -289,7 +289,7 @@ class Interrupts(Part):
 
 
 class Disks(Part):
-    "Disks of 50 kB and more: what is full is named, nothing half written stays, and with more room the run goes on"
+    "Disks of 50 kB and more: what is full is named, nothing half written stays, and with more room the run resumes"
     def of(self):
         self.exported = Reference(self.work/"exported", EXPORTED)
         whole = self.exported.bytes / 1000 # of what stays; at times there is a checkpoint beside it
