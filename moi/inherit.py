@@ -391,10 +391,15 @@ def readings(
 ) -> tuple[Tensor, ...]: # As `Moments.add` takes them
     "What a layer reads and is to give, place by place"
     if isinstance(layer, nn.Linear): return tuple(v[None] for v in (x, *gives))
-    x = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)          # [B,C*k*k,L]
-    rows = [v.flatten(2).transpose(1, 2).flatten(0, 1) for v in (x, *gives)]                            # [B*L,...]
-    places = torch.randperm(len(rows[0]), generator=generator)[:most].to(x.device)
-    x, *gives = (v[places] for v in rows)
+    b, _, h, w = gives[0].shape
+    places = torch.randperm(b * h * w, generator=generator)[:most].to(x.device)
+    image, at = places // (h * w), (places // w % h, places % w)
+    gives = [v[image, :, *at] for v in gives]                                                           # [n,K]
+    x = nn.functional.pad(x, [p for p in layer.padding[::-1] for _ in range(2)])
+    windows = [i[:, None] * s + d * torch.arange(k, device=x.device)
+        for i, s, d, k in zip(at, layer.stride, layer.dilation, layer.kernel_size)]
+    x = x[image[:, None, None], :, windows[0][:, :, None], windows[1][:, None]]                         # [n,k,k,C]
+    x = x.permute(0, 3, 1, 2).flatten(1) # what lies in no window is not copied: all windows of a large map fill gigabytes
     if layer.groups == 1: return tuple(v[None] for v in (x, *gives))
     return x.unflatten(1, (layer.groups, -1)).transpose(0, 1), *(v.T[..., None] for v in gives)         # a depthwise convolution
 
