@@ -6,7 +6,7 @@
 __all__ = ['VERSION', 'WIDTHS', 'FLAT', 'NORMS', 'StudentSpec', 'student_spec', 'Wire', 'resnet_wires', 'mobilenet_wires',
            'wires_of', 'box_head_wires', 'Channels', 'some', 'importance', 'keep_channels', 'group_sizes',
            'inherit_layers', 'norms_after', 'plan_inheritance', 'inherit', 'Moments', 'readings', 'put', 'scaled',
-           'Watch', 'sums', 'open_heads', 'covariances', 'most_telling', 'principal', 'measured_channels',
+           'Enough', 'Watch', 'sums', 'open_heads', 'covariances', 'most_telling', 'principal', 'measured_channels',
            'reconstruct', 'solve_adaptation']
 
 # %% ../nbs/15_inherit.ipynb #a095823a
@@ -431,13 +431,17 @@ def scaled(
     return w.unflatten(0, (groups, -1)).transpose(1, 2)
 
 # %% ../nbs/15_inherit.ipynb #43ca0111
+class Enough(Exception):
+    "Every module that is watched has been asked"
+
 class Watch:
     "Notes what modules read and give while a detector is asked"
     def __init__(self,
         detector:nn.Module,
-        names:Sequence[str] # Modules to watch
+        names:Sequence[str], # Modules to watch
+        once:bool=False # Go on after the `with` as soon as each has been asked; the rest of the detector is not
     ):
-        self.read, self.given, self.handles = {}, {}, []
+        self.read, self.given, self.handles, self.wanted = {}, {}, [], set(names) if once else ()
         for name in names:
             note = lambda module, inputs, output, name=name: self._note(name, inputs[0], output)
             self.handles.append(detector.get_submodule(name).register_forward_hook(note))
@@ -445,10 +449,12 @@ class Watch:
     def _note(self, name, x, y): # several times where a module is asked several times; a clone, as blocks add in place
         for book, value in ((self.read, x), (self.given, y)):
             if isinstance(value, Tensor): book.setdefault(name, []).append(value.clone())
+        if self.wanted and self.wanted <= set(self.given): raise Enough
 
     def __enter__(self): return self
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         for h in self.handles: h.remove()
+        return kind is Enough
 
 # %% ../nbs/15_inherit.ipynb #d570edbb
 def sums(
@@ -601,11 +607,13 @@ def _asked(student, teacher, w, norms, other, images, boxes, kept): # what a lay
     gives, part = norms.get(w.name, w.name), w.name.split(".")[0]
     below = w.name.replace("inner_blocks", "layer_blocks") if "fpn.inner" in w.name else None # where the sum of the way down is read
     names = {w.name, gives, *([other[0]] if other else []), *([below] if below else [])}
-    with Watch(student, sorted(names)) as ours, Watch(teacher, sorted(names)) as theirs:
-        for d in (student, teacher):
+    def watched(d):
+        with Watch(d, sorted(names), once=".body." in w.name) as seen:
             view = features(d, images)
             if part == "rpn": d.rpn.head(list(view.values()))
             if part == "roi_heads": roi_outputs(d, view, boxes, tuple(images.shape[-2:]))
+        return seen
+    ours, theirs = watched(student), watched(teacher)
     take = lambda x: kept[w.out].of(x) if w.out else x
     for k, x in enumerate(ours.read[w.name]):
         y = take(theirs.given[gives][k])
