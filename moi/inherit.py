@@ -6,12 +6,13 @@
 __all__ = ['VERSION', 'WIDTHS', 'FLAT', 'NORMS', 'StudentSpec', 'student_spec', 'Wire', 'resnet_wires', 'mobilenet_wires',
            'wires_of', 'box_head_wires', 'Channels', 'some', 'importance', 'keep_channels', 'group_sizes',
            'inherit_layers', 'norms_after', 'plan_inheritance', 'inherit', 'Moments', 'readings', 'put', 'scaled',
-           'Enough', 'Watch', 'sums', 'open_heads', 'covariances', 'most_telling', 'principal', 'measured_channels',
+           'Watch', 'Route', 'sums', 'open_heads', 'covariances', 'most_telling', 'principal', 'measured_channels',
            'reconstruct', 'solve_adaptation']
 
 # %% ../nbs/15_inherit.ipynb #a095823a
 import dataclasses
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d
 
 from .detector import BACKBONES, RESNETS, DetectorSpec, Spec, evaluating, parameter, taps
-from .outputs import anchors_of, features, roi_outputs, rpn_outputs
+from .outputs import anchors_of, features, normalise, roi_outputs, rpn_outputs
 from .regions import propose, shared_regions
 
 # %% ../nbs/15_inherit.ipynb #90862d1e
@@ -431,17 +432,13 @@ def scaled(
     return w.unflatten(0, (groups, -1)).transpose(1, 2)
 
 # %% ../nbs/15_inherit.ipynb #43ca0111
-class Enough(Exception):
-    "Every module that is watched has been asked"
-
 class Watch:
     "Notes what modules read and give while a detector is asked"
     def __init__(self,
         detector:nn.Module,
-        names:Sequence[str], # Modules to watch
-        once:bool=False # Go on after the `with` as soon as each has been asked; the rest of the detector is not
+        names:Sequence[str] # Modules to watch
     ):
-        self.read, self.given, self.handles, self.wanted = {}, {}, [], set(names) if once else ()
+        self.read, self.given, self.handles = {}, {}, []
         for name in names:
             note = lambda module, inputs, output, name=name: self._note(name, inputs[0], output)
             self.handles.append(detector.get_submodule(name).register_forward_hook(note))
@@ -449,12 +446,49 @@ class Watch:
     def _note(self, name, x, y): # several times where a module is asked several times; a clone, as blocks add in place
         for book, value in ((self.read, x), (self.given, y)):
             if isinstance(value, Tensor): book.setdefault(name, []).append(value.clone())
-        if self.wanted and self.wanted <= set(self.given): raise Enough
 
     def __enter__(self): return self
-    def __exit__(self, kind, *error):
+    def __exit__(self, *error):
         for h in self.handles: h.remove()
-        return kind is Enough
+
+# %% ../nbs/15_inherit.ipynb #5c0a7e12
+class Route:
+    "Batches on their way through a detector"
+    def __init__(self,
+        detector:nn.Module, # In evaluation mode
+        batches:Iterable[Tensor] # `float32[B,3,H,W]` in [0,1]
+    ):
+        self.detector, self.parts, self.done = detector, [*detector.backbone.body, "fpn", "heads"], 0
+        self.stand = [(normalise(detector, x), {}) for x in batches] # what each has come to, and the levels that the pyramid will read
+
+    def part_of(self,
+        name:str # Of a module
+    ) -> str: # A child of the body, `"fpn"` or `"heads"`
+        "Where a module is asked"
+        path = name.split(".")
+        return "heads" if path[0] != "backbone" else path[2] if path[1] == "body" else "fpn"
+
+    def ask(self,
+        stand:tuple[Tensor|dict, dict], # Of a batch
+        part:str # Of the backbone
+    ) -> tuple[Tensor|dict, dict]: # Its stand after that
+        "One batch through one part"
+        (x, levels), backbone = stand, self.detector.backbone
+        if part == "fpn": return backbone.fpn(levels), {}
+        x, level = backbone.body[part](x), backbone.body.return_layers.get(part)
+        return x, levels | ({level: x} if level else {})
+
+    def go(self,
+        part:str # One that is still to come, or where they stand already
+    ):
+        "All batches to where a part begins"
+        for k in range(self.done, self.parts.index(part)): self.stand = [self.ask(s, self.parts[k]) for s in self.stand]
+        self.done = max(self.done, self.parts.index(part))
+
+    def bytes(self) -> int:
+        "What is kept"
+        held = [v for x, levels in self.stand for v in (*(x.values() if isinstance(x, dict) else [x]), *levels.values())]
+        return sum(v.nbytes for v in {v.data_ptr(): v for v in held}.values())
 
 # %% ../nbs/15_inherit.ipynb #d570edbb
 def sums(
@@ -576,22 +610,27 @@ def reconstruct(
     kept:Mapping[str, Channels], # From `inherit`
     images:Callable[[], Iterable[Tensor]], # Gives the same batches `float32[B,3,H,W]` in [0,1] each time that it is called
     heads:bool=True, # Solve RPN and box head as well as body and pyramid
-    ridge:float=1e-2 # As for `Moments.solve`
+    ridge:float=1e-2, # As for `Moments.solve`
+    memory:int=4 * 10**9 # Bytes of maps that are kept on the way, at most: where a part's are larger, the last batches are left out
 ) -> nn.Module: # `student`
     "Solve every inherited layer so that, from what it reads itself, it gives what the teacher's kept channels give"
-    wires, boxes = wires_of(teacher), [_boxes(teacher, x, k) for k, x in enumerate(images())]
+    wires = wires_of(teacher)
     norms = norms_after(wires)
     added, generator = sums(teacher, wires), torch.Generator().manual_seed(0)
     inner = [w for w in wires if "fpn.inner" in w.name and not w.norm]
     order = [w for w in wires if not w.norm and "squeezed" not in w.into + w.out and (heads or w.name.startswith("backbone."))]
     for w, coarse in zip([w for w in order if w in inner], reversed(inner)): order[order.index(w)] = coarse # the pyramid's way is down
     with evaluating(student), evaluating(teacher), open_heads(student, teacher):
+        batches = list(itertools.islice(images(), _room((student, teacher), images, memory)))
+        boxes, size = [_boxes(teacher, x, k) for k, x in enumerate(batches)], tuple(batches[0].shape[-2:])
+        routes = [Route(d, batches) for d in (student, teacher)]
         for w in order:
             layer, norm = (student.get_submodule(n) if n else None for n in (w.name, norms.get(w.name)))
             flat = FLAT.get(w.act)
             moments, other = Moments(32768 if flat else 0), added.get(w.name)
-            for x, at in zip(images(), boxes):
-                for found in _asked(student, teacher, w, norms, other, x, at, kept):
+            for r in routes: r.go(r.part_of(w.name))
+            for k, at in enumerate(boxes):
+                for found in _asked(routes, k, w, norms, other, at, size, kept):
                     moments.add(*readings(layer, *found, generator=generator))
             put(layer, norm, *moments.solve(scaled(layer, norm), ridge, flat))
     return student
@@ -603,17 +642,30 @@ def _boxes(teacher, images, seed): # where the box heads are asked: the teacher'
     nothing = (torch.zeros(len(images), 1, *rest, device=images.device) for rest in ((4,), ()))
     return shared_regions(proposed, *nothing, size, torch.Generator().manual_seed(seed))
 
-def _asked(student, teacher, w, norms, other, images, boxes, kept): # what a layer reads, what it is to give, what is added to that
-    gives, part = norms.get(w.name, w.name), w.name.split(".")[0]
+def _room(detectors, images, memory): # how many batches can be kept on their way through these detectors
+    most = 0
+    for route in (Route(d, [next(iter(images()))]) for d in detectors):
+        seen = [route.bytes()]
+        for part in route.parts:
+            route.go(part)
+            seen.append(route.bytes())
+        most += max(seen)
+    return max(1, memory // most)
+
+def _watched(route, k, w, names, boxes, size): # what these modules read and give when batch `k` comes by
+    d, stand, parts = route.detector, route.stand[k], [route.part_of(n) for n in names]
+    with Watch(d, names) as seen:
+        if w.name.startswith("rpn"): d.rpn.head(list(stand[0].values()))
+        elif w.name.startswith("roi_heads"): roi_outputs(d, stand[0], boxes, size)
+        else:
+            for part in route.parts[route.done:1 + max(map(route.parts.index, parts))]: stand = route.ask(stand, part)
+    return seen
+
+def _asked(routes, number, w, norms, other, boxes, size, kept): # what a layer reads, what it is to give, what is added to that
+    gives = norms.get(w.name, w.name)
     below = w.name.replace("inner_blocks", "layer_blocks") if "fpn.inner" in w.name else None # where the sum of the way down is read
     names = {w.name, gives, *([other[0]] if other else []), *([below] if below else [])}
-    def watched(d):
-        with Watch(d, sorted(names), once=".body." in w.name) as seen:
-            view = features(d, images)
-            if part == "rpn": d.rpn.head(list(view.values()))
-            if part == "roi_heads": roi_outputs(d, view, boxes, tuple(images.shape[-2:]))
-        return seen
-    ours, theirs = watched(student), watched(teacher)
+    ours, theirs = (_watched(r, number, w, sorted(names), boxes, size) for r in routes)
     take = lambda x: kept[w.out].of(x) if w.out else x
     for k, x in enumerate(ours.read[w.name]):
         y = take(theirs.given[gives][k])
