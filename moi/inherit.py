@@ -456,10 +456,10 @@ class Route:
     "Batches on their way through a detector"
     def __init__(self,
         detector:nn.Module, # In evaluation mode
-        batches:Iterable[Tensor] # `float32[B,3,H,W]` in [0,1]
+        images:Iterable[Tensor] # Batches `float32[B,3,H,W]` in [0,1]
     ):
         self.detector, self.parts, self.done = detector, [*detector.backbone.body, "fpn", "heads"], 0
-        self.stand = [(normalise(detector, x), {}) for x in batches] # what each has come to, and the levels that the pyramid will read
+        self.stand = [(normalise(detector, x), {}) for x in images] # what each has come to, and the levels that the pyramid will read
 
     def part_of(self,
         name:str # Of a module
