@@ -59,6 +59,7 @@ TRANSFER_SETS = { # The only objects without a type, or of an open one, that giv
     "moi.compress.calibration": {"images"},
     "moi.compress.fewest_proposals": {"images"},
     "moi.inherit.inherit": {"images"},
+    "moi.inherit.Route": {"images"},
     "moi.inherit.covariances": {"images"},
     "moi.inherit.measured_channels": {"images"},
     "moi.inherit.reconstruct": {"images"},
