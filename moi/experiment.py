@@ -79,7 +79,7 @@ METHODS = { # What each method changes in a run's parameters
     "moi": {},
     "impressions": {"textures": 0},
     "strict": {"textures": 0} | STRICT,
-    "diode": {"textures": 0, "objects": [1, 1], "painter": "diode", "synthesis_lr": .2, "tv": 150., "bn_prior": .2},
+    "diode": {"textures": 0, "objects": [1, 1], "box_prior": "uniform", "painter": "diode", "synthesis_lr": .2, "tv": 150., "bn_prior": .2},
     "textures": {"impressions": 0},
     "textures_strict": {"impressions": 0} | STRICT,
     "noise": {"impressions": 0, "texture_kind": "noise"},

@@ -253,7 +253,7 @@ class Painting(Spec):
     steps:int = parameter(150, "Steps of the synthesis", 0, flat="synthesis_steps")
     lr:float = parameter(.05, "Adam's largest learning rate for the images", 0, 10, flat="synthesis_lr")
     tv:float = parameter(1., "Weight of total variation", 0, 1e6)
-    bn_prior:float = parameter(10., "Weight of the BatchNorm prior; 0 leaves the teacher's moments unread", 0, 1e6)
+    bn_prior:float = parameter(30., "Weight of the BatchNorm prior; 0 leaves the teacher's moments unread", 0, 1e6)
     frozen_bn_prior:bool = parameter(False, "Use that prior with FrozenBatchNorm2d too, whose moments are those of the pretraining")
     l2:float = parameter(0., "Weight of the distance from grey", 0, 1e6)
     adapt:int = parameter(0, "Steps of the synthesis after which targets are adapted to what the teacher sees; 0 keeps them", 0)

@@ -27,7 +27,7 @@ class Laws(Spec):
     objects:tuple[int, ...] = parameter((1, 6), "Fewest and most pseudo-targets an image", 0, 100, length=2)
     area:tuple[float, ...] = parameter(AREA, "Smallest and largest area of a pseudo-target, as a fraction of the image", 1e-6, 1, length=2)
     max_aspect:float = parameter(ASPECT, "Largest ratio between the sides of a pseudo-target", 1, 100)
-    box_prior:str = parameter("uniform", "Where pseudo-targets come from: uniform (the laws above) or teacher (what it is ready to see)",
+    box_prior:str = parameter("teacher", "Where pseudo-targets come from: teacher (what it is ready to see) or uniform (the laws above)",
         choices=("uniform", "teacher"))
     overlap:float = parameter(.2, "Largest covered share of the smaller of two pseudo-targets", 0, 1)
     soft_labels:bool = parameter(False, "Soft labels from the teacher's class similarity")

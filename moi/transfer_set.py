@@ -27,8 +27,8 @@ from .layouts import COCODataset, coco_entry
 @dataclass(frozen=True)
 class TransferSpec(Spec):
     "How many images a transfer set holds, of what"
-    impressions:int = parameter(64, "Number of impressions in the transfer set", 0, 10**7)
-    textures:int = parameter(32, "Number of procedural textures mixed in", 0, 10**7)
+    impressions:int = parameter(96, "Number of impressions in the transfer set", 0, 10**7)
+    textures:int = parameter(0, "Number of procedural textures mixed in", 0, 10**7)
     texture_kind:str = parameter("leaves", "What textures are: leaves (dead leaves) or noise (smooth noise)", choices=("leaves", "noise"))
     texture_labels:bool = parameter(False, "Write what the teacher sees in textures as their targets, for trainers that do not ask it",
         before=False)

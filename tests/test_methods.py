@@ -45,9 +45,10 @@ ALONE = {"inherit_heads", "inherit_body"}
     ("moi_proxy", {"photographs"}),
     ("chen2017_real", {"photographs", "recipe", "freeze_heads"}),
     ("supervised", {"photographs", "teacher_judged"} | ALONE),
-    ("diode", {"impressions", "textures", "objects", "painter", "synthesis_lr", "tv", "bn_prior", "synthesis_steps", "adapt"})])
+    ("diode", {"impressions", "textures", "objects", "box_prior", "painter", "synthesis_lr", "tv", "bn_prior", "synthesis_steps",
+        "adapt"})])
 def test_what_a_method_changes(method, changed):
-    p = check_parameters({"proxy_root": ["anywhere"]})
+    p = check_parameters({"proxy_root": ["anywhere"], "impressions": 96, "textures": 32})
     q = check_parameters(as_method(p, method))
     assert {k for k in p if p[k] != q[k]} == changed
     assert q["impressions"] + q["textures"] == p["impressions"] + p["textures"]

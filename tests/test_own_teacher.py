@@ -73,7 +73,7 @@ def test_the_readmes_ten_lines(inspector, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     block = next(b for b in blocks if "make_student" in b)
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
-    small = {"(480, 640)": "(64, 96)", "impressions=256": "impressions=2", "textures=64": "textures=2", "steps=3000": "steps=2"}
+    small = {"(480, 640)": "(64, 96)", "impressions=256": "impressions=2", "steps=3000": "steps=2"}
     for old, new in small.items():
         assert old in block
         block = block.replace(old, new)
