@@ -1226,7 +1226,7 @@ def about(
 ) -> dict: # `capacity`, `latency` (ms), `weights` (a hash of each), `switches`, `not_inherited`; `bytes` of what left
     "What was compared, and under which conditions"
     both, (plan, why) = {"teacher": teacher, "student": student}, plan_inheritance(teacher.spec, s.student)
-    switches = {"bn_prior": s.painting.prior(teacher) > 0, "inherited_heads": plan.inherit_heads,
+    switches = {"bn_prior": s.painting.prior(teacher) > 0, "box_prior": s.laws.box_prior, "inherited_heads": plan.inherit_heads,
         "frozen_heads": plan.inherit_heads and plan.freeze_heads, "inherited_body": plan.inherit_body,
         "textures": s.transfer.textures > 0, "photographs": s.comparison.photographs, "recipe": s.distilling.recipe}
     costs, proposals = {k: capacity(d) for k, d in both.items()}, student.spec.test_proposals

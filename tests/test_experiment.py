@@ -277,7 +277,8 @@ def test_the_result_says_how_it_came_about(finished):
         assert metrics["retention"][k] == kept
     assert all(s["seconds"] >= 0 for s in result["stages"].values())
     assert result["stages"]["transfer_set"]["images"] == 16
-    assert set(result["switches"]) == {"bn_prior", "inherited_heads", "frozen_heads", "inherited_body", "textures", "photographs", "recipe"}
+    assert set(result["switches"]) == {
+        "bn_prior", "box_prior", "inherited_heads", "frozen_heads", "inherited_body", "textures", "photographs", "recipe"}
     capacity = result["capacity"]
     assert set(capacity) == {"teacher", "student", "ratio"}
     for who in ("teacher", "student"): assert set(capacity[who]) == {"body", "fpn", "rpn", "heads", "total"}
@@ -384,7 +385,7 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     assert len({r["weights"]["teacher"] for r in results.values()}) == 1
     assert {r["stages"]["transfer_set"]["images"] for r in results.values()} == {8}
     assert results["tiny-half-strict-s0"]["switches"] == {
-        "bn_prior": False, "inherited_heads": False, "frozen_heads": False, "inherited_body": False, "textures": False,
+        "bn_prior": False, "box_prior": "teacher", "inherited_heads": False, "frozen_heads": False, "inherited_body": False, "textures": False,
         "photographs": "", "recipe": "moi"}
     assert results["tiny-half-real-s0"]["switches"]["photographs"] == "real"
     cell = results["tiny-same-moi-s0"]
