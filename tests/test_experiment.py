@@ -385,8 +385,8 @@ def test_the_fidelity_notebook_fills_its_table(tmp_path):
     assert len({r["weights"]["teacher"] for r in results.values()}) == 1
     assert {r["stages"]["transfer_set"]["images"] for r in results.values()} == {8}
     assert results["tiny-half-strict-s0"]["switches"] == {
-        "bn_prior": False, "box_prior": "teacher", "inherited_heads": False, "frozen_heads": False, "inherited_body": False, "textures": False,
-        "photographs": "", "recipe": "moi"}
+        "bn_prior": False, "box_prior": "teacher", "inherited_heads": False, "frozen_heads": False, "inherited_body": False,
+        "textures": False, "photographs": "", "recipe": "moi"}
     assert results["tiny-half-real-s0"]["switches"]["photographs"] == "real"
     cell = results["tiny-same-moi-s0"]
     assert cell["capacity"]["student"] == cell["capacity"]["teacher"] and not cell["switches"]["inherited_body"]
