@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from moi.detector import DetectorSpec, build_detector
 from moi.evaluate import (
+    ALARMS,
     COCO_NUMBERS,
     KITTI_LEVELS,
+    OUTCOMES,
     agreement,
     bootstrap,
     coco_ap,
@@ -23,6 +25,7 @@ from moi.evaluate import (
     kitti_ap,
     kitti_match,
     kitti_roles,
+    outcomes,
     overlaps,
     predict,
     voc_ap,
@@ -203,6 +206,50 @@ def crowded(seed, images=4, objects=7, found=14):
             "dontcare": boxes(rng.integers(0, 2))})
         detections.append({"boxes": boxes(m), "labels": labels(m), "scores": torch.tensor(rng.integers(0, 6, m) / 6)})
     return targets, detections
+
+
+def outcomes_loop(target, detection, limit):
+    "One image, box by box: the outcome of each object that counts, and the kind of false alarm of each detection, the best first"
+    boxes, labels, scores = (detection[k].tolist() for k in ("boxes", "labels", "scores"))
+    left = (target["difficult"] | target["ignore"]).tolist()
+    counted = [g for g, skip in enumerate(left) if not skip]
+    over = [[iou(b, g) for g in target["boxes"].tolist()] for b in boxes]
+    same = [[c == g for g in target["labels"].tolist()] for c in labels]
+    ranked = [k for k in sorted(range(len(boxes)), key=lambda k: (-scores[k], k)) if scores[k] >= limit]
+    beside = [g for g, skip in zip(target["boxes"].tolist(), left) if skip] + target["dontcare"].tolist()
+    def inside(b, a):
+        return (max(min(b[2], a[2]) - max(b[0], a[0]), 0) * max(min(b[3], a[3]) - max(b[1], a[1]), 0)
+                >= .5 * (b[2] - b[0]) * (b[3] - b[1]))
+    outcome, explains = {}, set()
+    rules = {"found": lambda k, g: same[k][g] and over[k][g] >= .5, "another class": lambda k, g: not same[k][g] and over[k][g] >= .5,
+             "box off": lambda k, g: same[k][g] and .1 <= over[k][g] < .5}
+    for name, fits in rules.items():
+        for k in ranked:
+            free = [g for g in counted if g not in outcome and fits(k, g)] if k not in explains else []
+            if free:
+                outcome[max(free, key=lambda g: (over[k][g], -g))] = name
+                explains.add(k)
+        explains |= {k for k in ranked if any(inside(boxes[k], a) for a in beside)}
+    def alarm(k):
+        close = {same[k][g] for g in counted if over[k][g] >= .5}
+        return "" if k in explains else "second box" if True in close else "another class" if close else "background"
+    return [outcome.get(g, "not seen") for g in counted], [alarm(k) for k in ranked]
+
+
+def test_outcomes_equal_the_loop():
+    targets, detections = crowded(0, images=400)
+    for limit in (0, .5):
+        told = outcomes(targets, detections, torch.full((400, 2), 96), 2, score=limit)
+        loops = [outcomes_loop(t, d, limit) for t, d in zip(targets, detections)]
+        codes = [OUTCOMES[k] for k in told.objects["outcome"]]
+        assert codes == [o for objects, _ in loops for o in objects] and set(codes) == set(OUTCOMES)
+        kinds = [ALARMS[k] if k >= 0 else "" for k in told.detections["alarm"]]
+        assert kinds == [a for _, alarms in loops for a in alarms] and set(kinds) == {"", *ALARMS}
+    by = told.objects["by"]
+    found = told.objects["outcome"] == 0
+    assert (told.detections["labels"][by] == told.objects["labels"])[found].all() and len(set(by[by >= 0])) == (by >= 0).sum()
+    x1, y1, x2, y2 = told.objects["boxes"].T
+    assert told.objects["area"] == pytest.approx((x2 - x1) * (y2 - y1) / 96**2)
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,7 +8,7 @@ SWEEPS = Path(__file__).parents[1] / "nbs/experiments"
 
 
 @pytest.mark.parametrize("name, wrong, right", [("fidelity", "distil_steps", "distill_steps"), ("ablation", "lever", "levers"),
-    ("benchmark", "sides", "side")])
+    ("benchmark", "sides", "side"), ("canary", "plant", "planted"), ("failures", "picture", "pictures")])
 def test_a_misspelt_parameter_is_refused(name, wrong, right):
     cells = [c.source for c in nbformat.read(SWEEPS / f"{name}.ipynb", 4).cells if c.cell_type == "code"]
     exec("\n".join(cells[:2]), {"__annotations__": {}})
