@@ -61,7 +61,7 @@ def test_a_table_is_medians_and_ranges_of_its_files(tmp_path):
         put(tmp_path, f"fidelity/mars-half-moi-s{seed}/result.json", result(seed, teacher=.8, student=ap))
         put(tmp_path, f"fidelity/mars-half-real-s{seed}/result.json", result(seed, teacher=.8, student=.64))
     page = report(tmp_path, tmp_path / "page.md")
-    cells = row(page, r"**impressions and textures**")
+    cells = row(page, r"**impressions**")
     assert cells[1:3] == ["0.500 (0.400–0.600)"] * 2 and cells[3] == "62.5% (50.0%–75.0%)" and cells[5] == "0, 1, 2"
     assert cells[6] == "0000000, 1111111, 2222222"
     assert row(page, "real training images, unlabelled")[1:4] == ["0.640", "0.640", "80.0%"]
@@ -75,7 +75,7 @@ def test_a_difference_names_the_ap_that_it_is_of(tmp_path):
     differ = {"difference": ours["metrics"]["student"]["AP"] - theirs["metrics"]["student"]["AP"], "low": -.01, "high": .09}
     put(tmp_path, "fidelity/mars-slim-differences.json", {"slim, moi − real, seed 0": differ})
     page = report(tmp_path, tmp_path / "page.md")
-    assert "AP of impressions and textures less that of the others" in page
+    assert "AP of the student of impressions less that of the others" in page
     assert "| real training images, unlabelled | +5.0 (-1.0 to +9.0) |" in page
 
 
@@ -84,8 +84,8 @@ def test_a_difference_is_said_in_ap_first_and_in_ap50_beside_it(tmp_path):
         put(tmp_path, f"fidelity/mars-slim-{method}-s0/result.json", result(0, teacher=.8, student=ap))
     differ = {"AP": {"difference": .05, "low": -.01, "high": .09}, "AP50": {"difference": .02, "low": -.03, "high": .06}}
     put(tmp_path, "fidelity/mars-slim-differences.json", {"slim, moi − real, seed 0": differ})
-    first, second = report(tmp_path, tmp_path / "page.md").split("AP50 of impressions and textures less that of the others")
-    assert "\nAP of impressions and textures less that of the others" in first
+    first, second = report(tmp_path, tmp_path / "page.md").split("AP50 of the student of impressions less that of the others")
+    assert "\nAP of the student of impressions less that of the others" in first
     assert "| real training images, unlabelled | +5.0 (-1.0 to +9.0) |" in first
     assert "| real training images, unlabelled | +2.0 (-3.0 to +6.0) |" in second
 
@@ -106,12 +106,12 @@ def test_a_compressed_student_is_the_headline_with_all_that_it_costs(tmp_path):
         put(tmp_path, f"quickstart-s{seed}/result.json", result(seed, teacher=.5, student=.1))
     page = report(tmp_path, tmp_path / "page.md")
     head = page.split("<!-- headline -->")[1].split("<!-- /headline -->")[0]
-    cells = row(head, "**student**, on impressions and textures")
+    cells = row(head, "**student**, on impressions")
     assert cells[1:] == ["0.760", "95.0%", "1.00", "1000", "10.0", "8.0", "4.5 (4.0–5.0)"]
     assert row(head, "teacher, as few proposals as the student")[4:] == ["1250", "15.0", "12.0", ""]
     assert row(head, "the same on real images")[1] == "0.770" and "half of all channels" in head and "0.100" not in head
     assert row(page, "nothing: the student as it starts")[1] == "0.600"
-    assert row(page, "impressions and textures, then in INT8")[1] == "0.750"
+    assert row(page, "impressions, then in INT8")[1] == "0.750"
     assert "| hard_R11 | 32.100 | 30.200 |\n| hard_R40 | 33.100 | 31.200 |\n| Car, hard_R40 | 33.100 | 31.200 |\n\n" in page
     assert "| KITTI in percent | the teacher |" in page and "in float32: AP 0.900, AP50 0.990" in page
 
@@ -137,6 +137,25 @@ def test_what_the_compression_notebook_wrote_is_shown(tmp_path):
     assert row(page, "slim, INT8")[3:] == ["", "", "2.5 (0.25)", "1.00 (1.00)", "1000.00 (1.00)", "4.00 (1.00)"]
     assert row(page, "slim, 100 proposals")[1] == "10.0 (0.25)" and "an abacus" in page
     assert page.split("## Not in a table")[1].split("<!--")[0].strip() == "- [`compression/forgotten.json`](compression/forgotten.json)"
+
+
+def test_what_students_lose_is_shown_by_world(tmp_path):
+    def run(label, seed, still, *lost):
+        part = [still, *lost]
+        kept = {"Car": part, "Van": [0] * 5, "smallest third": part, "middle third": [0] * 5, "largest third": [9, 1, 0, 0, 0], "all": part}
+        one = {"images": 10, "objects": kept, "alarms": {"all": [1, 0, 2]}}
+        return {"label": label, "seed": seed, "teacher": one, "student": one, "kept": kept, "new": 2, "fit": {"all": [10, 9., 8.]}}
+    rows = {"a": run("half-moi", 0, 90, 1, 2, 3, 4), "b": run("half-moi", 1, 80, 5, 5, 5, 5), "c": run("half-real", 0, 100, 0, 0, 0, 0)}
+    fates = ["found", "another class", "box off", "score too low", "not seen"]
+    put(tmp_path, "failures/mars.json", ON | {"rows": rows, "fates": fates, "thirds": [.01, .1], "classes": ["Car", "Van"],
+        "params": {"score": .5}})
+    page = report(tmp_path, tmp_path / "page.md")
+    kept, why = page.split("What becomes of the others")
+    assert "### mars: [`failures/mars.json`]" in kept and "up to 1.00%, up to 10.00%" in kept and "## Not in a table" not in page
+    moi = row(kept, "**impressions**")[1:]
+    assert moi == ["85.0% (80.0%–90.0%)", "85.0% (80.0%–90.0%)", "90.0%", "Car 85.0%", "0, 1"] # no middle third, no Van
+    assert row(why, "**impressions**")[1:] == ["30", "20%", "23%", "27%", "30%", "4", "0.800 (0.900)", "0.30 (0.30)"]
+    assert row(why, "real training images, unlabelled")[1:6] == ["0", "0%", "0%", "0%", "0%"]
 
 
 def test_a_misspelt_parameter_is_refused():
