@@ -18,7 +18,7 @@ from .outputs import anchors_of, decode, features, roi_outputs, rpn_outputs
 from .regions import AREA, ASPECT, propose, sample_boxes
 
 # %% ../nbs/10_pseudo_targets.ipynb #90862d1e
-VERSION = 1 # In the keys of stages: raised when the same spec gives other bytes
+VERSION = 2 # In the keys of stages: raised when the same spec gives other bytes
 
 # %% ../nbs/10_pseudo_targets.ipynb #5ee6c579
 @dataclass(frozen=True)
@@ -145,20 +145,17 @@ def preferred_targets(
     pyramid = features(detector, images)
     proposals = propose(detector, *rpn_outputs(detector, pyramid), anchors_of(detector, pyramid, (h, w)), (h, w), regions)
     logits, deltas = (x.cpu() for x in roi_outputs(detector, pyramid, proposals, (h, w)))
-    belief = logits.softmax(-1)[..., 1:]                                                            # [B,R,C]
-    used = torch.tensor([name is not None for name in detector.spec.classes])
-    fair = (belief / belief.mean((0, 1)).clamp(min=1e-9)).clamp(min=1e-9) * used
-    label = 1 + torch.multinomial(fair.flatten(0, 1), 1, generator=generator).view(b, -1)
-    refined = decode(detector.roi_heads, deltas.gather(2, label[..., None, None].expand(-1, -1, 1, 4)).squeeze(2), proposals.cpu())
-    boxes = torch.minimum(refined.clamp(min=0), torch.tensor([w, h] * 2))
-    share = (boxes[..., 2:] - boxes[..., :2]).prod(-1) / (h * w)
-    weight = belief.sum(-1).clamp(min=1e-6) * (share >= laws.area[0]) * (share <= laws.area[1])              # [B,R]
+    proposals, belief, image = proposals.cpu(), logits.softmax(-1).clamp(min=1e-12), torch.arange(b)    # [B,R,4], [B,R,C+1]
     wanted = torch.randint(lo, hi + 1, (b, 1), generator=generator) > torch.arange(hi)              # [B,K]
-    covers, image, taken = covered(boxes, boxes), torch.arange(b), []
+    labels, boxes = sample_labels(wanted, detector.spec.labels, generator), torch.zeros(b, hi, 4)
     for k in range(hi):
-        possible = weight.any(1) & wanted[:, k]
-        index = torch.multinomial(weight + ~weight.any(1, keepdim=True), 1, generator=generator).squeeze(1)
-        taken.append(torch.where(possible, index, -1))
-        weight = torch.where(possible[:, None] & (covers[image, index] > laws.overlap), 0, weight)       # itself included
-    taken = torch.stack(taken, 1)
-    return [{"boxes": boxes[i, t[t >= 0]], "labels": label[i, t[t >= 0]]} for i, t in enumerate(taken)]
+        of = labels[:, k, None, None].expand(-1, proposals.shape[1], 1)                                 # [B,R,1]
+        refined = decode(detector.roi_heads, deltas.gather(2, of[..., None].expand(-1, -1, -1, 4)).squeeze(2), proposals)
+        refined = torch.minimum(refined.clamp(min=0), torch.tensor([w, h] * 2))
+        share = (refined[..., 2:] - refined[..., :2]).prod(-1) / (h * w)
+        free = (share >= laws.area[0]) & (share <= laws.area[1]) & (covered(refined, boxes).amax(-1) <= laws.overlap)
+        weight = belief.gather(2, of).squeeze(2) * free + ~free.any(1, keepdim=True)                    # [B,R]
+        index = torch.multinomial(weight, 1, generator=generator).squeeze(1)
+        labels[:, k] *= free.any(1)
+        boxes[:, k] = refined[image, index] * (labels[:, k, None] > 0)
+    return [{"boxes": b[c > 0], "labels": c[c > 0]} for b, c in zip(boxes, labels)]
