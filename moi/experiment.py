@@ -510,6 +510,7 @@ class Stages(Shelf):
             if self.engine: self.engine.wait()
             if there := self.record(folder): return self._taken(folder, there) # another run has made it meanwhile
             _fill(folder, {"kind": kind, "depends": depends, "amount": amount}, make, shared, self.engine)
+            train.free_memory()
             return folder, self.record(folder) | {"reused": False}
 
     def _taken(self, folder, record): # a complete stage, without what is left where a process was killed as soon as it was complete
