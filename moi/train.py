@@ -64,7 +64,8 @@ def c_library() -> ctypes.CDLL|None: # Nothing where it is not glibc
 def keep_memory():
     "Let the memory of freed tensors serve the next ones"
     if library := c_library():
-        for parameter, value in ((-4, 0), (-1, -1), (-2, 2**26)): library.mallopt(parameter, value) # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 2**26)): # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            library.mallopt(parameter, value)
 
 # %% ../nbs/09_train.ipynb #dbadb476
 @dataclass(frozen=True)
