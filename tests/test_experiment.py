@@ -52,8 +52,8 @@ NOTEBOOK = Path("nbs/experiments/zero_shot_kd.ipynb")
 PARAMS = Path("nbs/experiments/params")
 FILES = sorted((ROOT / PARAMS).glob("*.yaml"))
 DATA = {"name", "seed", "dataset", "data_root", "splits", "skip_damaged", "classes", "scenes", "size"}
-SCHEDULE = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged", "teacher_mirror",
-    "distill_steps", "distill_lr", "batch", "shard"}
+TEACHER = {"teacher_steps", "teacher_lr", "teacher_views", "teacher_batch", "teacher_ema", "teacher_judged", "teacher_mirror",
+    "backbone", "weights", "teacher_width", "precision", "mirror_by_teacher"}
 SAMPLING = {"objects", "area", "max_aspect", "box_prior", "overlap", "soft_labels", "beta"}
 SYNTHESIS = {"synthesis_steps", "synthesis_lr", "tv", "bn_prior", "frozen_bn_prior", "l2", "adapt", "rounds", "compete", "pixels",
     "painter", "synthesis_mirror"}
@@ -168,7 +168,14 @@ def test_every_file_of_parameters_is_accepted(file):
 def test_what_is_painted_is_the_same_for_every_dataset(file):
     changed = {k for k, v in read_parameters(file).items() if v != default(k)}
     assert not changed & (SAMPLING | SYNTHESIS)
-    if file.stem == "bccd": assert changed <= DATA | SCHEDULE
+
+
+def test_worlds_differ_in_data_and_teacher_alone():
+    "And the teacher of each says itself whether a mirrored sign is another one"
+    worlds = {f: read_parameters(ROOT / PARAMS / f"{f}.yaml") for f in ("converged", "bccd", "chess12", "signs20", "voc3000", "kitti101")}
+    told = [{k: v for k, v in w.items() if k not in DATA | TEACHER} for w in worlds.values()]
+    assert told[0]["reconstruct"] and all(t == told[0] for t in told)
+    assert all(w["mirror_by_teacher"] for f, w in worlds.items() if f != "converged")
 
 
 def test_papermill_stops_at_a_bad_parameter(tmp_path):
@@ -376,7 +383,8 @@ def test_killed_three_times_it_ends_as_if_never_killed(finished, tmp_path):
 
 def test_the_fidelity_notebook_fills_its_table(tmp_path):
     root, notebook = layout(tmp_path), Path("nbs/experiments/fidelity.ipynb")
-    given = {"params": "tiny", "students": ["half", "same"], "methods": ["moi", "strict", "textures", "real"], "seeds": [0],
+    given = {"params": "tiny", "world": "tiny", "students": ["half", "same"], "methods": ["moi", "strict", "textures", "real"],
+        "seeds": [0],
         "impressions": 4, "textures": 4, "distill_steps": 2, "device": "cpu", "out": "results"}
     done = python("-m", "papermill", "--start-timeout", "600", ROOT / notebook, "runs/out.ipynb", "-y", json.dumps(given), cwd=root)
     assert done.returncode == 0, done.stderr
