@@ -384,8 +384,7 @@ def test_killed_three_times_it_ends_as_if_never_killed(finished, tmp_path):
 def test_the_fidelity_notebook_fills_its_table(tmp_path):
     root, notebook = layout(tmp_path), Path("nbs/experiments/fidelity.ipynb")
     given = {"params": "tiny", "world": "tiny", "students": ["half", "same"], "methods": ["moi", "strict", "textures", "real"],
-        "seeds": [0],
-        "impressions": 4, "textures": 4, "distill_steps": 2, "device": "cpu", "out": "results"}
+        "seeds": [0], "impressions": 4, "textures": 4, "distill_steps": 2, "device": "cpu", "out": "results"}
     done = python("-m", "papermill", "--start-timeout", "600", ROOT / notebook, "runs/out.ipynb", "-y", json.dumps(given), cwd=root)
     assert done.returncode == 0, done.stderr
     results = {f.parent.name: json.loads(f.read_text()) for f in (root / "results").glob("*/result.json")}
