@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moi import impressions
+from moi import impressions, pseudo_targets
 from moi.augment import step_seed
 from moi.compress import invent, paint_transfer_set, painting_key
 from moi.detector import DetectorSpec, build_detector
@@ -96,15 +96,17 @@ def test_a_set_is_known_by_the_name_that_version_0_2_gave_it(tmp_path):
     assert set_hash(file.parent) != "962321b0bc78"
 
 
-@pytest.mark.parametrize("spec, key", [(TransferSpec(), "fd5f77dc97f1"), (TransferSpec(impressions=0), "f523643b9c23"),
-                                       (TransferSpec(textures=0), "46552774ca3b")])
+@pytest.mark.parametrize("spec, key", [(TransferSpec(64, 32), "fd5f77dc97f1"), (TransferSpec(0, 32), "f523643b9c23"),
+                                       (TransferSpec(64, 0), "46552774ca3b")])
 def test_stages_are_known_by_the_keys_that_version_0_2_gave_them(spec, key, monkeypatch):
-    "But for impressions, which have been painted otherwise since"
-    assert impressions.VERSION == 2
-    monkeypatch.setattr(impressions, "VERSION", 1)
+    "But for impressions and targets, which have been painted and drawn otherwise since, and for other defaults"
+    before = {"laws": Laws(box_prior="uniform"), "painting": Painting(bn_prior=10.)}
+    for room in (impressions, pseudo_targets):
+        assert room.VERSION == 2
+        monkeypatch.setattr(room, "VERSION", 1)
     torch.manual_seed(0)
     detector = build_detector(DetectorSpec(["a", "b"], (64, 64), width=.125, fpn_channels=16, head_channels=32))
-    found = painting_key(detector, spec, Laws(), Painting(), 0, "no")
+    found = painting_key(detector, spec, before["laws"], before["painting"], 0, "no")
     found.pop("teacher", None) # its weights depend on the machine
     assert hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12] == key
     adapting = painting_key(detector, spec, Laws(), Painting(adapt=5), 0, "no")
