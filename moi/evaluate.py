@@ -505,6 +505,7 @@ class Outcomes(NamedTuple):
     objects:dict[str,np.ndarray] # `image`, `labels`, `boxes`, `area` (share of the image), `outcome`; what explains it: `by`, `overlap`
     detections:dict[str,np.ndarray] # `image`, `labels`, `boxes`, `area`, `scores`; `alarm`, −1 where it is none
 
+# %% ../nbs/14_evaluate.ipynb #299e2c9c
 def outcomes(
     targets:Sequence[dict], # `boxes`, `labels`; what is `difficult`, `ignore` or `iscrowd` is left aside, and what lies in `dontcare`
     detections:Sequence[dict], # `boxes`, `labels`, `scores`
@@ -527,6 +528,7 @@ def outcomes(
         flat["area"] = (flat["boxes"][:,2:]-flat["boxes"][:,:2]).prod(1) / np.asarray(sizes, float).prod(1)[flat["image"]]
     return _explain(gt, dt, excused, iou, near)
 
+# %% ../nbs/14_evaluate.ipynb #299e2c9d
 def _explain(gt, dt, excused, iou, near): # each detection in turn explains one object
     d,g,v = overlaps(dt["boxes"], gt["boxes"], dt["image"], gt["image"], near)
     turn = np.arange(len(dt["image"])) - np.searchsorted(dt["image"], dt["image"])

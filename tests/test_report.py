@@ -28,7 +28,7 @@ def put(root, path, content):
 def result(seed, **scores):
     "A run like the quickstart's, with AP as given"
     r = json.loads(json.dumps(RUN)) | {"seed": seed, "commit": f"{seed}" * 40}
-    r["params"] |= {"seed": seed, "widths": "slim"}
+    r["params"] |= {"seed": seed, "widths": "slim", "textures": 0}
     r["metrics"] = {k: RUN["metrics"]["student"] | {"AP": v, "AP50": v} for k, v in scores.items()}
     return r
 
@@ -93,6 +93,7 @@ def test_a_difference_is_said_in_ap_first_and_in_ap50_beside_it(tmp_path):
 def test_a_compressed_student_is_the_headline_with_all_that_it_costs(tmp_path):
     for seed in (0, 1):
         r = result(seed, teacher=.8, student=.76, textures=.7, real=.77, inherited=.6, student_int8=.75, teacher_int8=.79)
+        r["params"]["textures"] = 32
         r["metrics"]["agreement_int8"] = {"AP": .9, "AP50": .99}
         for who, ap in {"teacher": 33.1, "student": 31.2}.items():
             numbers = {"hard_R11": ap - 1, "hard_R40": ap, "hard_objects": 7}
@@ -106,12 +107,12 @@ def test_a_compressed_student_is_the_headline_with_all_that_it_costs(tmp_path):
         put(tmp_path, f"quickstart-s{seed}/result.json", result(seed, teacher=.5, student=.1))
     page = report(tmp_path, tmp_path / "page.md")
     head = page.split("<!-- headline -->")[1].split("<!-- /headline -->")[0]
-    cells = row(head, "**student**, on impressions")
+    cells = row(head, "**student**, on impressions and textures")
     assert cells[1:] == ["0.760", "95.0%", "1.00", "1000", "10.0", "8.0", "4.5 (4.0–5.0)"]
     assert row(head, "teacher, as few proposals as the student")[4:] == ["1250", "15.0", "12.0", ""]
     assert row(head, "the same on real images")[1] == "0.770" and "half of all channels" in head and "0.100" not in head
     assert row(page, "nothing: the student as it starts")[1] == "0.600"
-    assert row(page, "impressions, then in INT8")[1] == "0.750"
+    assert row(page, "impressions and textures, then in INT8")[1] == "0.750"
     assert "| hard_R11 | 32.100 | 30.200 |\n| hard_R40 | 33.100 | 31.200 |\n| Car, hard_R40 | 33.100 | 31.200 |\n\n" in page
     assert "| KITTI in percent | the teacher |" in page and "in float32: AP 0.900, AP50 0.990" in page
 
