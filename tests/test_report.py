@@ -159,6 +159,22 @@ def test_what_students_lose_is_shown_by_world(tmp_path):
     assert row(why, "real training images, unlabelled")[1:6] == ["0", "0%", "0%", "0%", "0%"]
 
 
+def test_worlds_stand_beneath_each_other_and_weak_teachers_last(tmp_path):
+    for world, ap50 in {"signs20": .8, "chess12": .95, "venus": .95}.items():
+        for method, ap in {"moi": .6, "real": .65}.items():
+            if world == "venus" and method == "real": continue
+            r = result(0, teacher=.8, student=ap)
+            r["params"]["dataset"] = "voc"
+            r["metrics"]["val"] = {"teacher": {"AP": .8, "AP50": ap50}}
+            put(tmp_path, f"fidelity/{world}-half-{method}-s0/result.json", r)
+    apart = {"difference": -.04, "low": -.09, "high": .01}
+    put(tmp_path, "fidelity/chess12-half-differences.json", {"half, moi − real, seed 0": {"AP": apart, "AP50": apart}})
+    page = report(tmp_path, tmp_path / "page.md").split("## Chess")[0]
+    assert row(page, "Chess pieces, photographs")[1:] == ["0", "0.800", "75.0%", "81.2%", "92.3%", "-9.0 to +1.0"]
+    assert row(page, "Traffic signs, photographs, a *weak* teacher")[1:] == ["0", "0.800", "75.0%", "81.2%", "92.3%", ""]
+    assert page.index("Chess pieces") < page.index("Traffic signs") and "venus" not in page
+
+
 def test_a_misspelt_parameter_is_refused():
     cells = [c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code"]
     with pytest.raises(ValueError, match="no parameter 'folders'; did you mean 'folder'"):
