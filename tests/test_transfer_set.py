@@ -100,9 +100,9 @@ def test_a_set_is_known_by_the_name_that_version_0_2_gave_it(tmp_path):
                                        (TransferSpec(64, 0), "46552774ca3b")])
 def test_stages_are_known_by_the_keys_that_version_0_2_gave_them(spec, key, monkeypatch):
     "But for impressions and targets, which have been painted and drawn otherwise since, and for other defaults"
-    before = {"laws": Laws(box_prior="uniform"), "painting": Painting(bn_prior=10.)}
-    for room in (impressions, pseudo_targets):
-        assert room.VERSION == 2
+    before = {"laws": Laws(box_prior="uniform", area=(.01, .3)), "painting": Painting(bn_prior=10.)}
+    for room, version in ((impressions, 2), (pseudo_targets, 3)):
+        assert room.VERSION == version
         monkeypatch.setattr(room, "VERSION", 1)
     torch.manual_seed(0)
     detector = build_detector(DetectorSpec(["a", "b"], (64, 64), width=.125, fpn_channels=16, head_channels=32))
