@@ -19,7 +19,7 @@ from .detector import constant
 from .outputs import anchor_layout, anchors_of, decode, encode
 
 # %% ../nbs/08_regions.ipynb #4018e7cb
-AREA, ASPECT = (.01, .3), 2.5 # of boxes anywhere: smallest and largest area, a fraction of the image, and largest ratio of the sides
+AREA, ASPECT = (.01, .3), 2.5 # of boxes at random: smallest and largest area, a fraction of the image, and largest ratio of the sides
 
 # %% ../nbs/08_regions.ipynb #193fad56
 def sample_boxes(
