@@ -1,6 +1,7 @@
 "Results worth citing stay readable: those of version 0.1 have fewer keys, and none that was renamed"
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,20 @@ RUNS = [f for f in FILES if not {"benchmark", "reliability"} & set(f.parts)]  # 
 def read(file): return json.loads(file.read_text(encoding="utf-8"))
 
 
-def test_there_are_results():
-    assert len(RUNS) > 50 and len(FILES) > len(RUNS)
+def test_there_are_results_of_every_kind():
+    kinds = {f.relative_to(ROOT / "results").parts[0].partition("-s")[0] for f in FILES}
+    assert kinds >= {"fidelity", "compression", "quickstart", "benchmark", "reliability"} and len(RUNS) > 25
+
+
+def test_impressions_stand_beside_all_that_they_are_compared_with_and_no_table_mixes_commits():
+    tables = {}
+    for file in FILES:
+        if found := re.fullmatch(r"(\w+-\w+)-(\w+)-s\d+", file.parent.name):
+            if file.parent.parent.name == "fidelity": tables.setdefault(found[1], []).append((found[2], read(file)["commit"]))
+    assert {"street-half", "bccd-half"} <= set(tables)
+    for methods, commits in (map(set, zip(*rows)) for rows in tables.values()):
+        assert {"moi", "textures", "real", "proxy"} <= methods or all("strict" in m for m in methods)
+        assert len(commits) == 1
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda f: f.parent.relative_to(ROOT / "results").as_posix())
