@@ -65,7 +65,10 @@ def test_a_table_is_medians_and_ranges_of_its_files(tmp_path):
     assert cells[1:3] == ["0.500 (0.400–0.600)"] * 2 and cells[3] == "62.5% (50.0%–75.0%)" and cells[5] == "0, 1, 2"
     assert cells[6] == "0000000, 1111111, 2222222"
     assert row(page, "real training images, unlabelled")[1:4] == ["0.640", "0.640", "80.0%"]
-    assert row(page, "the teacher")[1] == "0.800"
+    assert row(page, "the teacher")[1] == "0.800" and "already were made" not in page
+    again = result(0, teacher=.8, student=.5) | {"stages": {"student": {"commits": ["f" * 40, "0" * 40]}, "scores": {}}}
+    put(tmp_path, "fidelity/mars-half-moi-s0/result.json", again)
+    assert "Stages that were there already were made at fffffff." in report(tmp_path, tmp_path / "page.md")
 
 
 def test_a_difference_names_the_ap_that_it_is_of(tmp_path):
