@@ -178,7 +178,8 @@ def test_worlds_stand_beneath_each_other_and_weak_teachers_last(tmp_path):
     assert page.index("| Chess pieces") < page.index("| Traffic signs") and "venus" not in page
     put(tmp_path, "quickstart/result.json", result(0, teacher=.8, student=.6))
     head = report(tmp_path, tmp_path / "page.md").split("<!-- /headline -->")[0]
-    assert head.rstrip().endswith("retention on impressions (real images; textures): Chess pieces 75.0% (81.2%; not run).")
+    assert head.rstrip().endswith("retention on impressions (half of them replaced by unrelated photographs; real images; textures): "
+        "Chess pieces 75.0% (not run; 81.2%; not run).")
 
 
 def test_a_misspelt_parameter_is_refused():
