@@ -1,4 +1,5 @@
 "Boxes are float32 whatever else is computed in: a narrow object far to the right, where bfloat16 tells only every eighth pixel apart"
+import logging
 from collections import defaultdict
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from moi import detector, distill, impressions, outputs, pseudo_targets, regions
+from moi import detector, distill, impressions, outputs, pseudo_targets, regions, train
 from moi.detector import DetectorSpec, build_detector
 from moi.distill import Distilling
 from moi.evaluate import predict
@@ -121,3 +122,13 @@ def test_it_is_detected(asked, engine):
     seen += predict(small(.25), One(), progress=False)
     assert all(len(d["boxes"]) and d["boxes"].dtype == torch.float32 and all(v.isfinite().all() for v in d.values()) for d in seen)
     check(asked, "BoxCoder.decode_single")
+
+
+@pytest.mark.parametrize("software", [True, False])
+def test_who_computes_bfloat16_in_software_is_told_how_slow_that_is(software, monkeypatch, caplog):
+    monkeypatch.setattr(train, "emulated", lambda device: software)
+    with caplog.at_level(logging.WARNING):
+        Engine(device="cpu")
+        assert not caplog.records
+        Engine(device="cpu", precision="bf16")
+    assert ["precision no" in r.message for r in caplog.records] == [True] * software
