@@ -71,7 +71,7 @@ def keep_memory():
 def emulated(
     device:torch.device
 ) -> bool:
-    "Whether it is a processor without instructions for bfloat16, which torch then computes in software"
+    "Whether it is a processor for which oneDNN has no bfloat16, so that torch computes it far more slowly than full precision"
     ops = torch.ops.mkldnn # an empty namespace where torch is built without oneDNN
     return device.type == "cpu" and not (hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported())
 
@@ -90,7 +90,7 @@ class Engine(Spec):
         device = best_device(self.device) if isinstance(self.device, str) else self.device
         if device.type == "cpu": keep_memory()
         if self.precision == "bf16" and emulated(device):
-            log.warning("this processor computes bfloat16 in software, about ten times as slowly as full precision (-p precision no)")
+            log.warning("this processor computes bfloat16 far more slowly than full precision (-p precision no)")
         if device.type == "cuda" and device.index is not None: torch.cuda.set_device(device) # accelerate works on the current one
         accelerator = make_accelerator(device, self.precision)
         if accelerator and accelerator.num_processes > 1: device = accelerator.device

@@ -124,11 +124,11 @@ def test_it_is_detected(asked, engine):
     check(asked, "BoxCoder.decode_single")
 
 
-@pytest.mark.parametrize("software", [True, False])
-def test_who_computes_bfloat16_in_software_is_told_how_slow_that_is(software, monkeypatch, caplog):
-    monkeypatch.setattr(train, "emulated", lambda device: software)
+@pytest.mark.parametrize("slow", [True, False])
+def test_who_asks_for_bfloat16_where_it_is_slow_is_told(slow, monkeypatch, caplog):
+    monkeypatch.setattr(train, "emulated", lambda device: slow)
     with caplog.at_level(logging.WARNING):
         Engine(device="cpu")
         assert not caplog.records
         Engine(device="cpu", precision="bf16")
-    assert ["precision no" in r.message for r in caplog.records] == [True] * software
+    assert ["precision no" in r.message for r in caplog.records] == [True] * slow
