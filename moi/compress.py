@@ -60,6 +60,7 @@ def painting_key(
         return key | labelled | {"transfer": {k: v for k, v in t.items() if k != "shard"}}
     p = key_of(painting) if student else {k: v for k, v in key_of(painting).items() if k != "compete"}
     if painting.adapt: key["versions"]["moi.impressions.adapt_targets"] = 2 # what is painted follows it; else it has the last word alone
+    if laws.soft_labels and laws.box_prior == "teacher": key["versions"]["moi.pseudo_targets.soft_labels"] = 2 # it once had no say here
     key |= {"teacher": detector_hash(teacher), "laws": key_of(laws), "painting": p, "precision": precision}
     return key | {"student": detector_hash(student)} if student else key
 

@@ -26,7 +26,7 @@ class Laws(Spec):
     "How pseudo-targets are drawn"
     objects:tuple[int, ...] = parameter((1, 6), "Fewest and most pseudo-targets an image", 0, 100, length=2)
     area:tuple[float, ...] = parameter((.01, .6), "Smallest and largest area of a pseudo-target, a share of the image", 1e-6, 1, length=2)
-    max_aspect:float = parameter(ASPECT, "Largest ratio between the sides of a pseudo-target", 1, 100)
+    max_aspect:float = parameter(ASPECT, "Largest ratio between the sides of a pseudo-target of the prior uniform", 1, 100)
     box_prior:str = parameter("teacher", "Where pseudo-targets come from: teacher (what it is ready to see) or uniform (the laws above)",
         choices=("uniform", "teacher"))
     overlap:float = parameter(.2, "Largest covered share of the smaller of two pseudo-targets", 0, 1)
@@ -149,7 +149,7 @@ def preferred_targets(
     regions:int=100, # Proposals of each image
     tries:int=32, # Attempts at each object; it is left out when all fail
     generator:torch.Generator|None=None # Randomness, on the CPU
-) -> list[dict]: # One an image: `boxes` `float32[N,4]` on the CPU, `labels` `int64[N]`
+) -> list[dict]: # One an image, on the CPU: `boxes` `float32[N,4]`, `labels` `int64[N]`, and `soft` `float32[N,C+1]` where asked for
     "Targets that the teacher is ready to see, drawn from its RPN and box head alone"
     (b, (h, w)), (lo, hi) = (len(images), images.shape[-2:]), laws.objects
     pyramid = features(detector, images)
@@ -168,4 +168,8 @@ def preferred_targets(
         index = torch.multinomial(weight[labels[:, k]], tries, replacement=True, generator=generator) # [B,T]
         return refined[labels[:, k, None], index]
     boxes, exist = lay_out(wanted, draw, laws.overlap)
-    return [{"boxes": b[e], "labels": c[e]} for b, c, e in zip(boxes, labels, exist)]
+    targets = [{"boxes": b[e], "labels": c[e]} for b, c, e in zip(boxes, labels, exist)]
+    if laws.soft_labels:
+        soft = soft_labels(labels, class_similarity(detector).cpu(), laws.beta, generator)
+        for t, s, e in zip(targets, soft, exist): t["soft"] = s[e]
+    return targets

@@ -43,6 +43,14 @@ def painted(teacher, tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize("prior", ["teacher", "uniform"])
+@pytest.mark.parametrize("changed", [{"objects": (2, 3)}, {"area": (.3, .6)}, {"max_aspect": 1.}, {"overlap": 1.}, {"soft_labels": True}])
+def test_every_law_has_a_say_under_either_prior(teacher, prior, changed):
+    drawn, others = (invent(teacher, 16, Laws(box_prior=prior, **laws), 0) for laws in ({}, changed))
+    same = all(t.keys() == u.keys() and all(torch.equal(t[k], u[k]) for k in t) for t, u in zip(drawn, others))
+    assert same == (prior == "teacher" and "max_aspect" in changed) # which the teacher's boxes have as they have it
+
+
 def test_what_was_asked_is_kept_beside_what_was_confirmed(teacher, painted):
     images, asked = open_transfer_set(painted / "plain"), asked_targets(painted / "plain")
     drawn = invent(teacher, 2, Laws(), step_seed(3, 0))
@@ -111,6 +119,8 @@ def test_stages_are_known_by_the_keys_that_version_0_2_gave_them(spec, key, monk
     assert hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12] == key
     adapting = painting_key(detector, spec, Laws(), Painting(adapt=5), 0, "no")
     assert ("moi.impressions.adapt_targets" in adapting["versions"]) == (spec.impressions > 0) # whose images are others now
+    softened = painting_key(detector, spec, Laws(soft_labels=True), Painting(), 0, "no")
+    assert ("moi.pseudo_targets.soft_labels" in softened["versions"]) == (spec.impressions > 0) # as are theirs
 
 
 def test_additions_that_overlap_are_one(tmp_path):
