@@ -123,6 +123,13 @@ def soft_labels(
     return out
 
 # %% ../nbs/10_pseudo_targets.ipynb #b5532910
+def _as_targets(boxes, labels, exist, similarity, beta, generator):
+    "What exists of each image, softened where a similarity is given"
+    targets = [{"boxes": b[e], "labels": c[e]} for b, c, e in zip(boxes, labels, exist)]
+    if similarity is not None:
+        for t, s, e in zip(targets, soft_labels(labels, similarity, beta, generator), exist): t["soft"] = s[e]
+    return targets
+
 def sample_targets(
     n:int, # Number of images
     size:tuple[int,int], # Image `(height, width)` in pixels
@@ -134,11 +141,7 @@ def sample_targets(
     "Invent the targets of `n` images"
     boxes, exist = sample_layouts(n, size, laws, generator=generator)
     dealt = sample_labels(exist, labels, generator)
-    targets = [{"boxes": b[e], "labels": c[e]} for b, c, e in zip(boxes, dealt, exist)]
-    if similarity is not None:
-        soft = soft_labels(dealt, similarity, laws.beta, generator)
-        for t, s, e in zip(targets, soft, exist): t["soft"] = s[e]
-    return targets
+    return _as_targets(boxes, dealt, exist, similarity, laws.beta, generator)
 
 # %% ../nbs/10_pseudo_targets.ipynb #7d8ea649
 @torch.no_grad()
@@ -168,8 +171,5 @@ def preferred_targets(
         index = torch.multinomial(weight[labels[:, k]], tries, replacement=True, generator=generator) # [B,T]
         return refined[labels[:, k, None], index]
     boxes, exist = lay_out(wanted, draw, laws.overlap)
-    targets = [{"boxes": b[e], "labels": c[e]} for b, c, e in zip(boxes, labels, exist)]
-    if laws.soft_labels:
-        soft = soft_labels(labels, class_similarity(detector).cpu(), laws.beta, generator)
-        for t, s, e in zip(targets, soft, exist): t["soft"] = s[e]
-    return targets
+    similarity = class_similarity(detector).cpu() if laws.soft_labels else None
+    return _as_targets(boxes, labels, exist, similarity, laws.beta, generator)
