@@ -555,3 +555,4 @@ def test_the_ablation_notebook_compares_levers_on_val(tmp_path):
     run = json.loads((root / "runs/tiny-ablation-default-s0/result.json").read_text())
     assert result["rows"]["default"][0]["AP"] == run["metrics"]["val"]["student"]["AP"]
     assert len({rows[0]["teacher"] for rows in result["rows"].values()}) == 1
+    assert result["rows"]["default"][0]["commits"] == sorted({c for s in run["stages"].values() for c in s.get("commits", [])})
