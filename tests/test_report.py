@@ -1,10 +1,12 @@
 "What results/README.md and the README's table say is what the files under results/ say, and nothing is left out"
 import json
 import re
+import shlex
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "nbs/experiments/report.ipynb"
@@ -37,7 +39,7 @@ def result(seed, **scores):
 def row(page, name):
     "The cells of the first line that begins with `name`"
     line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    return [cell.strip() for cell in line[1:-1].split("|")]
 
 
 def test_the_page_in_results_is_what_the_notebook_writes(tmp_path):
@@ -51,10 +53,14 @@ def test_the_readme_shows_the_headline():
     assert re.search(r"<!-- headline -->.*<!-- /headline -->", page, re.S)[0] in readme
 
 
-def test_the_commands_name_files_that_are_there():
-    said = "\n".join(c.source for c in nbformat.read(NOTEBOOK, 4).cells)
-    paths = set(re.findall(r"nbs/[\w/]+\.(?:ipynb|yaml)", said))
-    assert len(paths) > 4 and all((ROOT / path).is_file() for path in paths)
+def test_each_executed_notebook_stands_beside_the_command_that_makes_it_again():
+    lines = (ROOT / "results/README.md").read_text(encoding="utf-8").split("## Once more")[1].splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("papermill ")]
+    assert all((ROOT / word).is_file() for c in commands for word in c if word.startswith("nbs/"))
+    given = [(c[1], yaml.safe_load(c[c.index("-y") + 1]) if "-y" in c else {}) for c in commands]
+    notes = [json.loads(f.read_text(encoding="utf-8"))["metadata"].get("papermill", {}) for f in (ROOT / "results").rglob("*.ipynb")]
+    noted = [(n["input_path"], n["parameters"]) for n in notes if n.get("input_path")]
+    assert len(noted) > 10 and all(pair in given for pair in noted)
 
 
 def test_a_table_is_medians_and_ranges_of_its_files(tmp_path):
@@ -113,12 +119,18 @@ def test_a_compressed_student_is_the_headline_with_all_that_it_costs(tmp_path):
     head = page.split("<!-- headline -->")[1].split("<!-- /headline -->")[0]
     cells = row(head, "**student**, on impressions and textures")
     assert cells[1:] == ["0.760", "95.0%", "1.00", "1000", "10.0", "8.0", "4.5 (4.0–5.0)"]
-    assert row(head, "teacher, as few proposals as the student")[4:] == ["1250", "15.0", "12.0", ""]
+    assert row(head, "teacher, as few proposals as the student")[1:] == ["", "", "3.89", "1250", "15.0", "12.0", ""]
     assert row(head, "the same on real images")[1] == "0.770" and "half of all channels" in head and "0.100" not in head
     assert row(page, "nothing: the student as it starts")[1] == "0.600"
     assert row(page, "impressions and textures, then in INT8")[1] == "0.750"
     assert "| hard_R11 | 32.100 | 30.200 |\n| hard_R40 | 33.100 | 31.200 |\n| Car, hard_R40 | 33.100 | 31.200 |\n\n" in page
     assert "| KITTI in percent | the teacher |" in page and "in float32: AP 0.900, AP50 0.990" in page
+    cut = {f"teacher, {n} proposals": {"AP": ap, "AP50": .9, "bytes": 1, "parameters": 1, "flops": flops} | {"on": ON}
+        for n, ap, flops in ((100, .7, 10**9), (200, .799, 1250 * 10**6))}
+    took = {"of each": {"teacher": {"onnx": 10.}, **{k: {"onnx": 5.} for k in cut}}, "on": ON}
+    first = {"teacher": cut["teacher, 100 proposals"], **cut, "milliseconds": took}
+    put(tmp_path, "compression/latency.json", {"params": {"runs": [r["params"]["name"]]}, "rows": first})
+    assert "| teacher, as few proposals as the student | 0.799, seed 0; 0.799, seed 1 |" in report(tmp_path, tmp_path / "page.md")
 
 
 def test_what_the_compression_notebook_wrote_is_shown(tmp_path):
@@ -168,19 +180,26 @@ def test_worlds_stand_beneath_each_other_and_weak_teachers_last(tmp_path):
         for method, ap in {"moi": .6, "real": .65}.items():
             if world == "venus" and method == "real": continue
             r = result(0, teacher=.8, student=ap)
-            r["params"]["dataset"] = "voc"
+            r["params"] |= {"dataset": "voc", "splits": ["train", "val", "val" if world == "signs20" else "test"]}
             r["metrics"]["val"] = {"teacher": {"AP": .8, "AP50": ap50}}
             put(tmp_path, f"fidelity/{world}-half-{method}-s0/result.json", r)
     apart = {"difference": -.04, "low": -.09, "high": .01}
     put(tmp_path, "fidelity/chess12-half-differences.json", {"half, moi − real, seed 0": {"AP": apart, "AP50": apart}})
-    page = report(tmp_path, tmp_path / "page.md").split("## Chess")[0]
-    assert row(page, "Chess pieces, photographs")[1:] == ["0", "0.800", "75.0%", "81.2%", "92.3%", "-9.0 to +1.0"]
-    assert row(page, "Traffic signs, photographs, a *weak* teacher")[1:] == ["0", "0.800", "75.0%", "81.2%", "92.3%", ""]
+    page, *rest = report(tmp_path, tmp_path / "page.md").partition("## Chess")
+    assert "Here *val* is the test split" in rest[1].split("## Traffic")[1] and rest[1].count("is the test split") == 1
+    assert row(page, "Chess pieces, photographs")[1:] == ["0", "96, 600", "0.800", "75.0%", "81.2%", "92.3%", "-9.0 to +1.0"]
+    assert row(page, "Traffic signs, photographs, a *weak* teacher")[1:] == ["0", "96, 600", "0.800", "75.0%", "81.2%", "92.3%", ""]
     assert page.index("| Chess pieces") < page.index("| Traffic signs") and "venus" not in page
     put(tmp_path, "quickstart/result.json", result(0, teacher=.8, student=.6))
     head = report(tmp_path, tmp_path / "page.md").split("<!-- /headline -->")[0]
-    assert head.rstrip().endswith("retention on impressions (half of them replaced by unrelated photographs; real images; textures): "
-        "Chess pieces 75.0% (not run; 81.2%; not run).")
+    assert head.rstrip().endswith("on impressions (real images; textures): Chess pieces 75.0% (81.2%; –). Where the teacher is weak: "
+        "Traffic signs 75.0% (81.2%; –).")
+    for world, ap in {"chess12": .7, "signs20": .5}.items():
+        put(tmp_path, f"fidelity/{world}-half-moi_proxy-s0/result.json", r | {"metrics": result(0, teacher=.8, student=ap)["metrics"]})
+    put(tmp_path, "fidelity/street_strict-half-strict-s0/result.json", result(0, teacher=.8, student=.4))
+    head = report(tmp_path, tmp_path / "page.md").split("<!-- /headline -->")[0]
+    assert "Chess pieces 75.0% (81.2%; –; 87.5% with half unrelated photographs)" in head and head.count("unrelated") == 1
+    assert head.rstrip().endswith("on the street world: 50.0% on impressions.")
 
 
 def test_a_misspelt_parameter_is_refused():
