@@ -192,8 +192,8 @@ def test_worlds_stand_beneath_each_other_and_weak_teachers_last(tmp_path):
     assert page.index("| Chess pieces") < page.index("| Traffic signs") and "venus" not in page
     put(tmp_path, "quickstart/result.json", result(0, teacher=.8, student=.6))
     head = report(tmp_path, tmp_path / "page.md").split("<!-- /headline -->")[0]
-    assert head.rstrip().endswith("on impressions (real images; textures): Chess pieces 75.0% (81.2%; –). Where the teacher is weak: "
-        "Traffic signs 75.0% (81.2%; –).")
+    assert head.rstrip().endswith("on impressions (real images; textures): Chess pieces 75.0% (81.2%; –). Where the teacher is weak, "
+        "in 600 steps: Traffic signs 75.0% (81.2%; –).")
     for world, ap in {"chess12": .7, "signs20": .5}.items():
         put(tmp_path, f"fidelity/{world}-half-moi_proxy-s0/result.json", r | {"metrics": result(0, teacher=.8, student=ap)["metrics"]})
     put(tmp_path, "fidelity/street_strict-half-strict-s0/result.json", result(0, teacher=.8, student=.4))
