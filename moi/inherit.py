@@ -436,9 +436,10 @@ class Watch:
     "Notes what modules read and give while a detector is asked"
     def __init__(self,
         detector:nn.Module,
-        names:Sequence[str] # Modules to watch
+        names:Sequence[str], # Modules to watch
+        once:bool=False # Each is asked once: leave the `with` when all have answered, as nothing that comes later is of interest
     ):
-        self.read, self.given, self.handles = {}, {}, []
+        self.read, self.given, self.handles, self.wanted = {}, {}, [], set(names) if once else None
         for name in names:
             note = lambda module, inputs, output, name=name: self._note(name, inputs[0], output)
             self.handles.append(detector.get_submodule(name).register_forward_hook(note))
@@ -446,10 +447,14 @@ class Watch:
     def _note(self, name, x, y): # several times where a module is asked several times; a clone, as blocks add in place
         for book, value in ((self.read, x), (self.given, y)):
             if isinstance(value, Tensor): book.setdefault(name, []).append(value.clone())
+        if self.given.keys() == self.wanted: raise _Enough
 
     def __enter__(self): return self
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         for h in self.handles: h.remove()
+        return kind is _Enough
+
+class _Enough(Exception): pass
 
 # %% ../nbs/15_inherit.ipynb #5c0a7e12
 class Route:
@@ -654,7 +659,7 @@ def _room(detectors, images, memory): # how many batches can be kept on their wa
 
 def _watched(route, k, w, names, boxes, size): # what these modules read and give when batch `k` comes by
     d, stand, parts = route.detector, route.stand[k], [route.part_of(n) for n in names]
-    with Watch(d, names) as seen:
+    with Watch(d, names, once=w.name.startswith("backbone.")) as seen:
         if w.name.startswith("rpn"): d.rpn.head(list(stand[0].values()))
         elif w.name.startswith("roi_heads"): roi_outputs(d, stand[0], boxes, size)
         else:
