@@ -1352,7 +1352,8 @@ def surroundings(
     return {"device": {"type": engine.device.type, "name": name, "processes": engine.processes}, "versions": versions, "commit": commit()}
 
 # %% ../nbs/20_experiment.ipynb #4eff0d6b
-OWN_TEACHER = {"name": "mine", "dataset": "none", "widths": "half", "baselines": []} # How a run differs where there is only a teacher
+OWN_TEACHER = { # How a run differs where there is only a teacher
+    "name": "mine", "dataset": "none", "widths": "half", "reconstruct": True, "baselines": []}
 
 def own_parameters(
     names:Mapping[str, Any], # `globals()` of a notebook whose only code so far are its parameters
